@@ -1,0 +1,204 @@
+"""Returns, advantages and baselines on the token MDP.
+
+Time runs over *action positions* only. Between two actions of a row there may be tokens nobody chose (a tool's answer,
+the next turn of a conversation): they are part of the state, no time passes in them, and they are skipped. After its
+last action a row is over, whether it ended or ran into the horizon H: in the finite-horizon MDP that is the end, and
+what follows is worth 0.
+
+What lies outside the action mask is never read, so it may hold anything; results are zero there.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def discounted(reward: Float[Tensor, "B L"], action: Bool[Tensor, "B L"], gamma: float = 1.0) -> Float[Tensor, "B L"]:
+    """The return that followed each action, its own reward included.
+
+        G_t = r_t + γ G_{t⁺},   t⁺ the next action position;   G after the last action = 0
+
+    Args:
+        reward: per-token rewards.
+        action: which tokens the policy chose.
+        gamma: discount a token, in [0, 1].
+
+    Returns:
+        Reward units; zero outside the mask.
+
+    Raises:
+        ValueError: when gamma is outside [0, 1].
+
+    Source: Sutton & Barto 2018, eq. 3.9.
+    """
+    _fraction("gamma", gamma)
+    reward = torch.where(action, reward, torch.zeros_like(reward))
+    following = torch.zeros_like(reward[:, 0])
+    columns = []
+    for t in reversed(range(reward.shape[1])):
+        following = torch.where(action[:, t], reward[:, t] + gamma * following, following)
+        columns.append(following)
+    return torch.where(action, torch.stack(columns[::-1], dim=1), torch.zeros_like(reward))
+
+
+def gae(
+    reward: Float[Tensor, "B L"],
+    value: Float[Tensor, "B L"],
+    action: Bool[Tensor, "B L"],
+    gamma: float = 1.0,
+    lam: float = 0.95,
+) -> tuple[Float[Tensor, "B L"], Float[Tensor, "B L"]]:
+    """Generalised advantage estimates, and the returns that train the value head.
+
+        δ_t = r_t + γ V(s_{t⁺}) − V(s_t)
+        A_t = δ_t + γ λ A_{t⁺}                 t⁺ the next action position; V and A after the last action = 0
+        R_t = A_t + V(s_t)
+
+    λ = 1 gives the discounted return minus the value: at γ = 1 and with causal rewards (see `credit`) the policy
+    gradient is then exact in expectation, whatever V is. λ < 1 has less variance and is biased where V is wrong.
+
+    Args:
+        reward: per-token rewards.
+        value: `value[b, t]` is V of the state *before* `tokens[b, t]`, the state in which that token was chosen.
+            Compute it without gradient: whatever gradient it carries flows into both results.
+        action: which tokens the policy chose.
+        gamma: discount a token, in [0, 1].
+        lam: λ, in [0, 1].
+
+    Returns:
+        Advantages and returns in reward units; both zero outside the mask.
+
+    Raises:
+        ValueError: when gamma or lam is outside [0, 1].
+
+    Source: Schulman et al. 2016, eq. 16 (λ = 0: eq. 17, λ = 1: eq. 18); Schulman et al. 2017, eqs. 11-12.
+    """
+    _fraction("gamma", gamma)
+    _fraction("lam", lam)
+    zero = torch.zeros_like(value)
+    reward, value = torch.where(action, reward, zero), torch.where(action, value, zero)
+    advantage, next_value = zero[:, 0], zero[:, 0]
+    columns = []
+    for t in reversed(range(value.shape[1])):
+        delta = reward[:, t] + gamma * next_value - value[:, t]
+        advantage = torch.where(action[:, t], delta + gamma * lam * advantage, advantage)
+        next_value = torch.where(action[:, t], value[:, t], next_value)
+        columns.append(advantage)
+    result = torch.where(action, torch.stack(columns[::-1], dim=1), zero)
+    return result, result + value
+
+
+def whiten(x: Float[Tensor, "*S"], weight: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
+    """The same numbers with mean 0 and variance 1 under the weights.
+
+        y = (x − μ) / σ,   μ = Σ w x / Σ w,  σ² = Σ w (x − μ)² / Σ w
+
+    No small constant is added to σ: the result has variance 1 exactly, in any unit. Numbers that differ by no more
+    than their rounding have no spread to divide by, and come back as zeros.
+
+    Args:
+        x: what to whiten; read only where the weight is positive.
+        weight: how much each entry counts, from `weights`; the scale does not matter.
+
+    Returns:
+        Pure numbers; zero where the weight is zero.
+
+    Source: Huang et al. 2022, "The 37 implementation details of PPO", core detail 7.
+    Differs: weighted, and without ε in the denominator.
+    """
+    inside = weight > 0
+    zero = torch.zeros_like(x)
+    x = torch.where(inside, x, zero)
+    weight = torch.where(inside, weight, torch.zeros_like(weight)).to(x.dtype)
+    total = weight.sum()
+    share = weight / torch.where(total > 0, total, torch.ones_like(total))
+    centre = torch.where(inside, x - (share * x).sum(), zero)
+    spread = (share * centre.square()).sum().sqrt()
+    rounding = 16 * torch.finfo(x.dtype).eps * x.abs().amax()
+    varied = spread > rounding
+    return torch.where(varied, centre, zero) / torch.where(varied, spread, torch.ones_like(spread))
+
+
+def group_mean(
+    score: Float[Tensor, "B"], group: Int[Tensor, "B"], rows: Bool[Tensor, "B"] | None = None
+) -> Float[Tensor, "B"]:
+    """For each row the mean score of its group: the samples of one prompt.
+
+        mean_b = 1/|g(b)| Σ_{j ∈ g(b)} score_j
+
+    Args:
+        score: one outcome a row.
+        group: rows with one number belong together; the numbers themselves mean nothing.
+        rows: which rows have a verdict. The others count in no mean and get 0.
+
+    Returns:
+        Reward units.
+    """
+    total, count, rows = _sums(score, group, rows)
+    return torch.where(rows, total / count.clamp(min=1), torch.zeros_like(score))
+
+
+def centred(
+    score: Float[Tensor, "B"], group: Int[Tensor, "B"], rows: Bool[Tensor, "B"] | None = None
+) -> Float[Tensor, "B"]:
+    """Each score minus the mean of its group, its own score being part of that mean.
+
+        A_b = score_b − 1/G Σ_{j ∈ g(b)} score_j                     Σ over a group = 0
+
+    A sample's own score is in its baseline, which shrinks the expected policy gradient by (G − 1)/G and no more: see
+    `leave_one_out`.
+
+    Args:
+        score, group, rows: as in `group_mean`.
+
+    Returns:
+        Reward units; zero for rows without a verdict.
+
+    Source: Shao et al. 2024, section 4.1.2, without the division by the standard deviation: Liu et al. 2025 (Dr.
+    GRPO), section 3.2.
+    """
+    rows = torch.ones_like(score, dtype=torch.bool) if rows is None else rows
+    return torch.where(rows, score, torch.zeros_like(score)) - group_mean(score, group, rows)
+
+
+def leave_one_out(
+    score: Float[Tensor, "B"], group: Int[Tensor, "B"], rows: Bool[Tensor, "B"] | None = None
+) -> Float[Tensor, "B"]:
+    """Each score minus the mean score of the *other* samples of its group.
+
+        A_b = score_b − 1/(G − 1) Σ_{j ∈ g(b), j ≠ b} score_j        Σ over a group = 0
+
+    The baseline does not depend on the sample it judges, so the policy gradient stays unbiased. A row that is alone in
+    its group has nothing to be compared with: its advantage is 0, it teaches nothing.
+
+    Args:
+        score, group, rows: as in `group_mean`.
+
+    Returns:
+        Reward units; zero for rows without a verdict.
+
+    Source: Kool, van Hoof & Welling 2019, "Buy 4 REINFORCE samples, get a baseline for free!"; Ahmadian et al. 2024
+    (RLOO).
+    """
+    total, count, rows = _sums(score, group, rows)
+    judged = rows & (count > 1)
+    score = torch.where(judged, score, torch.zeros_like(score))
+    others = (total - score) / (count - 1).clamp(min=1)
+    return torch.where(judged, score - others, torch.zeros_like(score))
+
+
+def _sums(score: Tensor, group: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """For each row: the sum of its group's scores, how many there are, and whether the row has a verdict."""
+    rows = torch.ones_like(score, dtype=torch.bool) if rows is None else rows
+    names, index = torch.unique(group, return_inverse=True)
+    empty = torch.zeros(len(names), dtype=score.dtype, device=score.device)
+    total = empty.index_add(0, index, torch.where(rows, score, torch.zeros_like(score)))
+    count = empty.index_add(0, index, rows.to(score.dtype))
+    return total[index], count[index], rows
+
+
+def _fraction(name: str, value: float) -> None:
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name}={value}, but it is a fraction: give a number from 0 to 1")

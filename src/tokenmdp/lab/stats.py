@@ -1,0 +1,396 @@
+"""The statistics of a comparison: how large, how sure, and compared with what.
+
+The unit of resampling is the prompt. Several responses to one prompt share its difficulty, so they are one cluster; to
+count them as independent makes every interval too narrow. Functions that draw at random take a seed and give the same
+numbers for it on every machine. What cannot be answered (no data, a NaN, data without any spread) is an error that says
+so: an interval of width zero would look like certainty.
+
+Plain numpy and scipy; tensors on the CPU are accepted wherever arrays are.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from math import comb
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats as scipy_stats
+
+Array = NDArray[np.float64]
+CELLS_AT_ONCE = 2_000_000  # resampled cells held in memory together: 16 MB of float64
+
+
+class Interval(NamedTuple):
+    """An estimate and the interval around it; `_asdict()` is how results files write it.
+
+    Attributes:
+        mean: the estimate (a mean, a difference, a rate or a correlation).
+        low, high: the ends of the interval, in the same units.
+    """
+
+    mean: float
+    low: float
+    high: float
+
+
+# ------------------------------------------------------------ intervals of means
+
+
+def bootstrap_mean(values: ArrayLike, level: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Interval:
+    """The mean over prompts, with a bootstrap interval that resamples prompts.
+
+    The interval is bias-corrected and accelerated (BCa), at levels widened for few prompts:
+
+        α' = Φ(−√(P/(P−1)) · t_{P−1}(1−α/2))        instead of α/2
+        quantile of the resampled means at Φ(z₀ + (z₀+z) / (1 − a(z₀+z))),  z = Φ⁻¹(α'), Φ⁻¹(1−α')
+        z₀ = Φ⁻¹(share of resampled means below the mean),   a = Σd³ / (6 (Σd²)^1.5),  d = x − x̄
+
+    The plain percentile interval covers too little for few prompts (92 % instead of 95 % for ten normal values).
+
+    Args:
+        values: [P] one number a prompt, or [P, k] k samples a prompt, which are averaged first (a prompt is a cluster).
+        level: the coverage asked for, between 0 and 1.
+        resamples: bootstrap resamples.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: for fewer than two prompts, a value that is not finite, values that are all equal, or a bad level.
+
+    Source: Efron and Tibshirani 1993, eqs. 14.9, 14.10, 14.14, 14.15 (BCa); Hesterberg 2015, "What teachers should know
+    about the bootstrap" (the expanded level α').
+    """
+    x = _per_prompt(values, "values")
+    if np.ptp(x) == 0:
+        raise ValueError(
+            f"all {len(x)} values equal {x[0]:g}: resampling them says nothing about their spread; "
+            "report the number without an interval, or measure more prompts"
+        )
+    means = np.concatenate([weight @ x for weight in _resampled(len(x), resamples, seed)])
+    d = x - x.mean()
+    acceleration = float((d**3).sum() / (6 * (d**2).sum() ** 1.5))
+    return _corrected(means, float(x.mean()), len(x), level, acceleration)
+
+
+def paired_bootstrap(
+    a: ArrayLike, b: ArrayLike, level: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> Interval:
+    """The mean of a − b over the same prompts, with a bootstrap interval that resamples prompts.
+
+    Pairing removes the prompts' own difficulty from the difference. The interval is `bootstrap_mean`'s, of a − b.
+
+    Args:
+        a, b: [P] or [P, k] scores of the two arms, prompt p in row p of both. Their k may differ: each row is averaged.
+
+    Raises:
+        ValueError: as `bootstrap_mean`, and when the arms have different numbers of prompts.
+    """
+    x, y = _per_prompt(a, "a"), _per_prompt(b, "b")
+    if len(x) != len(y):
+        raise ValueError(f"a has {len(x)} prompts and b {len(y)}: a paired comparison needs the same prompts in both")
+    if np.ptp(x - y) == 0:
+        raise ValueError(
+            f"the arms differ by {x[0] - y[0]:g} on each of the {len(x)} prompts: a difference without any spread has "
+            "no interval; check that the two arms are not the same responses"
+        )
+    return bootstrap_mean(x - y, level, resamples, seed)
+
+
+def wilson(successes: float, n: float, level: float = 0.95) -> Interval:
+    """A proportion with its score interval, which behaves for few trials and for rates near 0 and 1.
+
+        (s + z²/2) / (n + z²)  ±  z √(n p q + z²/4) / (n + z²),    p = s/n, q = 1 − p, z = Φ⁻¹((1+level)/2)
+
+    Trials are taken as independent; several pairs of one prompt are not (use `bootstrap_mean` on the rate per prompt).
+
+    Args:
+        successes: number of successes; a tie may count one half.
+        n: number of trials.
+
+    Raises:
+        ValueError: when n is not positive, or successes is not between 0 and n.
+
+    Source: Wilson 1927; Brown, Cai and DasGupta 2001, section 3.1.1.
+    """
+    if not (np.isfinite(n) and n > 0):
+        raise ValueError(f"n = {n} trials: a proportion needs at least one trial")
+    if not 0 <= successes <= n:
+        raise ValueError(f"{successes} successes in {n} trials: successes must lie between 0 and n")
+    p, z = successes / n, float(scipy_stats.norm.ppf(0.5 + _level(level) / 2))
+    centre = (successes + z * z / 2) / (n + z * z)
+    half = z * np.sqrt(n * p * (1 - p) + z * z / 4) / (n + z * z)
+    return Interval(p, float(max(centre - half, 0.0)), float(min(centre + half, 1.0)))
+
+
+# ------------------------------------------------------------ predicted probabilities
+
+
+def calibration(prob: ArrayLike, outcome: ArrayLike, bins: int = 10) -> tuple[float, list[dict[str, float]]]:
+    """Does what is predicted at 70 % happen 70 % of the time?
+
+        ECE = Σ_bins (count/N) · |mean outcome − mean prob|
+
+    Bins have equal widths over [0, 1]; empty bins are left out. For preferences, orient each pair without looking at
+    the answer (say, first response against second): with "chosen" always first every outcome is 1 and nothing is measured.
+    With N of few hundred an ECE of a few hundredths is noise: it is biased upwards.
+
+    Args:
+        prob: [N] predicted probabilities.
+        outcome: [N] what happened, 0 or 1.
+        bins: number of bins.
+
+    Returns:
+        The expected calibration error, and the table: `{"predicted", "observed", "count"}` for each bin that has data.
+
+    Raises:
+        ValueError: for no data, lengths that differ, a probability outside [0, 1], or an outcome other than 0 and 1.
+
+    Source: Guo et al. 2017, eq. 3, with the probability of the outcome in the place of top-label confidence.
+    """
+    p, y = _vector(prob, "prob"), _vector(outcome, "outcome")
+    if len(p) != len(y):
+        raise ValueError(f"{len(p)} probabilities and {len(y)} outcomes: one of each a prediction")
+    if p.min() < 0 or p.max() > 1:
+        raise ValueError(
+            f"probabilities span {p.min():g} to {p.max():g}: they must lie in [0, 1] (apply the sigmoid first)"
+        )
+    if not np.isin(y, (0.0, 1.0)).all():
+        raise ValueError("an outcome is neither 0 nor 1: give what happened, not a score")
+    if bins < 1:
+        raise ValueError(f"bins = {bins}: at least one bin is needed")
+    which = np.minimum((p * bins).astype(int), bins - 1)
+    table = []
+    for i in np.unique(which):
+        here = which == i
+        row = {"predicted": float(p[here].mean()), "observed": float(y[here].mean()), "count": int(here.sum())}
+        table.append(row)
+    error = sum(row["count"] / len(p) * abs(row["observed"] - row["predicted"]) for row in table)
+    return float(error), table
+
+
+# ------------------------------------------------------------ many runs
+
+
+def interquartile_mean(values: ArrayLike) -> float:
+    """The mean of the middle half: as robust as a median, with less noise. Any shape; all runs and tasks are pooled.
+
+    The lowest and the highest ⌊n/4⌋ values are dropped.
+
+    Raises:
+        ValueError: for no values or one that is not finite.
+
+    Source: Agarwal et al. 2021, section 4.3 (IQM).
+    """
+    return float(scipy_stats.trim_mean(_vector(np.ravel(np.asarray(values, dtype=np.float64)), "values"), 0.25))
+
+
+def probability_of_improvement(a: ArrayLike, b: ArrayLike) -> float:
+    """P(a > b) + ½ P(a = b) for one value of each, drawn independently: how likely a run of a beats a run of b.
+
+    Raises:
+        ValueError: when either is empty or has a value that is not finite.
+
+    Source: Agarwal et al. 2021, section 4.3 (the Mann-Whitney statistic over |a|·|b|).
+    """
+    x, y = _vector(a, "a"), _vector(b, "b")
+    rank = scipy_stats.rankdata(np.concatenate([x, y]))[: len(x)]
+    return float((rank.sum() - len(x) * (len(x) + 1) / 2) / (len(x) * len(y)))
+
+
+# ------------------------------------------------------------ correlations
+
+
+def pearson(x: ArrayLike, y: ArrayLike, level: float = 0.95, resamples: int = 2_000, seed: int = 0) -> Interval:
+    """The linear correlation of x and y with a bootstrap interval that resamples the pairs (x_i, y_i).
+
+    Bias-corrected, at the levels of `bootstrap_mean` (no acceleration). Resamples in which x or y is constant have no
+    correlation and are left out.
+
+    Raises:
+        ValueError: for fewer than three pairs, lengths that differ, a value that is not finite, or x or y all equal.
+
+    Source: Efron and Tibshirani 1993, sections 6.3 and 14.3.
+    """
+    return _correlation(x, y, level, resamples, seed, lambda v: v)
+
+
+def spearman(x: ArrayLike, y: ArrayLike, level: float = 0.95, resamples: int = 2_000, seed: int = 0) -> Interval:
+    """The rank correlation of x and y (ties share their mean rank), with the interval of `pearson`, re-ranked too.
+
+    Source: Spearman 1904; the interval as in `pearson`.
+    """
+    return _correlation(x, y, level, resamples, seed, _ranks)
+
+
+def _ranks(v: Array) -> Array:
+    return np.asarray(scipy_stats.rankdata(v, axis=-1), dtype=np.float64)
+
+
+def _correlation(
+    x: ArrayLike, y: ArrayLike, level: float, resamples: int, seed: int, transform: Callable[[Array], Array]
+) -> Interval:
+    u, v = _vector(x, "x"), _vector(y, "y")
+    if len(u) != len(v):
+        raise ValueError(f"x has {len(u)} values and y {len(v)}: a correlation needs pairs")
+    if len(u) < 3:
+        raise ValueError(f"{len(u)} pairs: a correlation with an interval needs at least three")
+    for name, w in (("x", u), ("y", v)):
+        if np.ptp(w) == 0:
+            raise ValueError(f"all values of {name} equal {w[0]:g}: the correlation with a constant is not defined")
+    estimate = float(_rowwise_pearson(transform(u[None]), transform(v[None]))[0])
+    rng = np.random.default_rng(seed)
+    draws = []
+    for rows in _blocks(len(u), resamples):
+        index = rng.integers(len(u), size=(rows, len(u)))
+        draws.append(_rowwise_pearson(transform(u[index]), transform(v[index])))
+    drawn = np.concatenate(draws)
+    return _corrected(drawn[np.isfinite(drawn)], estimate, len(u), level, 0.0)
+
+
+def _rowwise_pearson(u: Array, v: Array) -> Array:
+    """[R] correlations of the rows of two [R, n] arrays; NaN where a row is constant."""
+    u, v = u - u.mean(axis=1, keepdims=True), v - v.mean(axis=1, keepdims=True)
+    spread = np.sqrt((u * u).sum(axis=1) * (v * v).sum(axis=1))
+    r = np.divide((u * v).sum(axis=1), spread, out=np.full(len(u), np.nan), where=spread > 1e-300)
+    return np.asarray(np.clip(r, -1.0, 1.0))
+
+
+# ------------------------------------------------------------ texts and samples
+
+
+def distinct_n(texts: Sequence[str] | Sequence[Sequence[int]], n: int) -> float:
+    """The share of n-grams that are different from each other, over all responses together: 1 is no repetition at all.
+
+        distinct n-grams / n-grams
+
+    It falls with the amount of text, so compare arms with about as many tokens each.
+
+    Args:
+        texts: responses as strings (words between white space are the tokens) or as sequences of token ids.
+        n: length of the n-grams, at least 1. They never reach across two responses.
+
+    Raises:
+        ValueError: when n < 1, or no response has n tokens.
+
+    Source: Li et al. 2016 (distinct-1 and distinct-2). Differs: divided by the number of n-grams, not of tokens, so that
+    1 can be reached.
+    """
+    if n < 1:
+        raise ValueError(f"n = {n}: an n-gram has at least one token")
+    seen: Counter[tuple[Any, ...]] = Counter()
+    for text in texts:
+        tokens: list[Any] = text.split() if isinstance(text, str) else list(text)
+        seen.update(zip(*(tokens[i:] for i in range(n)), strict=False))
+    total = seen.total()
+    if total == 0:
+        raise ValueError(f"none of the {len(texts)} responses has {n} tokens: there is no {n}-gram to count")
+    return len(seen) / total
+
+
+def best_of_n_values(proxy: ArrayLike, gold: ArrayLike, n: int) -> Array:
+    """[P] For each prompt, the exact expected gold of the response the proxy likes best among n drawn of its k samples.
+
+    Drawn without replacement, every subset equally likely. With the samples in rising order of proxy, the one with j
+    samples below it is the best of the subset with probability C(j, n−1) / C(k, n). Samples of equal proxy share the
+    probability of their block, (C(end, n) − C(start, n)) / C(k, n): the best among equals is drawn at random.
+
+    Args:
+        proxy, gold: [P, k] scores of k samples of each of P prompts.
+        n: how many are drawn, 1 to k. n = 1 gives the mean of gold, n = k the gold of the proxy's favourite.
+
+    Raises:
+        ValueError: for shapes that differ or are not [P, k], a value that is not finite, or n outside 1..k.
+
+    Source: Nakano et al. 2021 (WebGPT), appendix I, the estimator of best-of-n used by Gao et al. 2023; with ties.
+    """
+    p, g = np.asarray(proxy, dtype=np.float64), np.asarray(gold, dtype=np.float64)
+    if p.ndim != 2 or p.shape != g.shape or 0 in p.shape:
+        raise ValueError(
+            f"proxy has shape {p.shape} and gold {g.shape}: both must be [prompts, samples], with some of each"
+        )
+    for name, x in (("proxy", p), ("gold", g)):
+        _finite(x, name)
+    k = p.shape[1]
+    if not 1 <= n <= k:
+        raise ValueError(f"n = {n} with {k} samples a prompt: the best of n needs n between 1 and {k}")
+    # C(j, n) / C(k, n): the chance that a subset of n lies among the j samples of lowest proxy.
+    among = np.array([comb(j, n) / comb(k, n) for j in range(k + 1)])
+    return np.array([_best_of_row(row, p[i], among) for i, row in enumerate(g)])
+
+
+def best_of_n_curve(proxy: ArrayLike, gold: ArrayLike, n: int) -> float:
+    """The best-of-n curve at n: the mean over prompts of `best_of_n_values`; give proxy twice for the proxy's curve."""
+    return float(best_of_n_values(proxy, gold, n).mean())
+
+
+def _best_of_row(gold: Array, proxy: Array, among: Array) -> float:
+    _, block, size = np.unique(proxy, return_inverse=True, return_counts=True)
+    end = np.cumsum(size)
+    probability = among[end] - among[end - size]
+    return float((np.bincount(block, weights=gold) / size) @ probability)
+
+
+# ------------------------------------------------------------ what they share
+
+
+def _resampled(n: int, resamples: int, seed: int) -> Iterator[Array]:
+    """Blocks [rows, n] of resampling weights: how often each of n clusters was drawn, over n."""
+    rng = np.random.default_rng(seed)
+    for rows in _blocks(n, resamples):
+        yield rng.multinomial(n, np.full(n, 1 / n), size=rows) / n
+
+
+def _blocks(n: int, resamples: int) -> Iterator[int]:
+    if resamples < 1:
+        raise ValueError(f"resamples = {resamples}: at least one is needed, and a thousand for two digits")
+    at_once = max(1, CELLS_AT_ONCE // n)
+    for start in range(0, resamples, at_once):
+        yield min(at_once, resamples - start)
+
+
+def _corrected(draws: Array, estimate: float, n: int, level: float, acceleration: float) -> Interval:
+    """The BCa interval of bootstrap draws at expanded levels; see `bootstrap_mean`."""
+    norm = scipy_stats.norm
+    widened = -np.sqrt(n / (n - 1)) * scipy_stats.t.ppf(0.5 + _level(level) / 2, n - 1)
+    below = (np.sum(draws < estimate) + 0.5 * np.sum(draws == estimate)) / len(draws)
+    bias = norm.ppf(np.clip(below, 0.5 / len(draws), 1 - 0.5 / len(draws)))
+    z = bias + np.array([widened, -widened])
+    slope = np.maximum(1 - acceleration * z, 1e-9)  # at extreme levels it could turn negative: the end is the last draw
+    low, high = np.quantile(draws, norm.cdf(bias + z / slope))
+    return Interval(estimate, float(low), float(high))
+
+
+def _per_prompt(values: ArrayLike, name: str) -> Array:
+    """[P] or [P, k] -> [P] means per prompt."""
+    x = np.asarray(values, dtype=np.float64)
+    if x.ndim not in (1, 2) or x.size == 0:
+        raise ValueError(f"{name} has shape {x.shape}: give [prompts] or [prompts, samples], with some of each")
+    if len(x) < 2:
+        raise ValueError(f"{name} has one prompt: an interval over prompts needs at least two")
+    _finite(x, name)
+    return x if x.ndim == 1 else x.mean(axis=1)
+
+
+def _vector(values: ArrayLike, name: str) -> Array:
+    x = np.asarray(values, dtype=np.float64)
+    if x.ndim != 1 or x.size == 0:
+        raise ValueError(f"{name} has shape {x.shape}: give a list of at least one number")
+    _finite(x, name)
+    return x
+
+
+def _finite(x: Array, name: str) -> None:
+    bad = int((~np.isfinite(x)).sum())
+    if bad:
+        raise ValueError(
+            f"{bad} of {x.size} values of {name} are NaN or infinite: a response without a verdict is not a number; "
+            "leave its prompt out of every arm, and say how many were left out"
+        )
+
+
+def _level(level: float) -> float:
+    if not 0 < level < 1:
+        raise ValueError(f"level = {level}: a coverage lies between 0 and 1, for example 0.95")
+    return level

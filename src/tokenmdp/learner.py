@@ -1,0 +1,188 @@
+"""The learner: one optimiser step from an unreduced loss and its weights, whatever the micro-batches.
+
+    θ ← Adam(θ, g),   g = clip( Σ_micro ∇ Σ_{b,t} weight[b,t] · loss[b,t] )
+
+Weights are computed by the recipe over the whole batch, so cutting the batch differently (by a token budget, into one row each, over
+several processes) adds up to the same gradient. Nothing here averages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tokenmdp import parallel
+from tokenmdp.models.parts import cut, micro_batches
+from tokenmdp.types import Data, Loss
+
+
+class Trainable(Protocol):
+    """What a learner trains: a policy, a reward model, a critic."""
+
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+
+class NonFiniteLoss(FloatingPointError):
+    """A loss or gradient is NaN or infinite; no weight was changed."""
+
+
+class Learner:
+    """Adam on the weights that train.
+
+    Args:
+        module: what trains.
+        learning_rate: Adam's step size at its highest.
+        steps: planned optimiser steps, for the schedule; 0 keeps the rate constant.
+        warmup: steps over which the rate rises linearly from 0.
+        schedule: `constant`, or `linear` decay to 0 over `steps`.
+        weight_decay: decoupled (Loshchilov & Hutter 2019, alg. 2).
+        clip_norm: largest 2-norm of the whole gradient; 0 does not clip.
+        tokens: padded positions in a micro-batch, the knob of memory; it cannot change the gradient.
+
+    Raises:
+        ValueError: nothing trains, or a value is outside its range.
+    """
+
+    def __init__(
+        self,
+        module: Trainable,
+        learning_rate: float,
+        *,
+        steps: int = 0,
+        warmup: int = 0,
+        schedule: str = "constant",
+        weight_decay: float = 0.0,
+        clip_norm: float = 1.0,
+        tokens: int = 2048,
+    ) -> None:
+        named = list(module.trained())
+        if not named:
+            raise ValueError("no weight trains: take a twin of the model with train='all', 'top-N' or 'lora-R' first")
+        if not learning_rate > 0 or tokens < 1 or clip_norm < 0:
+            raise ValueError(
+                f"learning_rate={learning_rate}, tokens={tokens}, clip_norm={clip_norm}: the first two must be positive, the last at least 0"
+            )
+        if schedule not in ("constant", "linear"):
+            raise ValueError(f"schedule is {schedule!r}; it must be constant or linear")
+        if schedule == "linear" and steps < 1:
+            raise ValueError("schedule=linear decays over `steps` optimiser steps; say how many there will be")
+        self.named = dict(named)
+        self.learning_rate, self.steps, self.warmup, self.schedule = learning_rate, steps, warmup, schedule
+        self.clip_norm, self.tokens = clip_norm, tokens
+        self.taken = 0
+        fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in self.named.values())
+        self.optimiser = torch.optim.AdamW(
+            list(self.named.values()), lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay, fused=fused
+        )
+
+    def rate(self) -> float:
+        """The learning rate of the next step."""
+        rise = min(1.0, (self.taken + 1) / self.warmup) if self.warmup else 1.0
+        fall = max(0.0, 1 - self.taken / self.steps) if self.schedule == "linear" else 1.0
+        return self.learning_rate * min(rise, fall)
+
+    def step(self, loss: Loss, data: Data, weight: Tensor, **columns: Tensor) -> dict[str, float]:
+        """Take one optimiser step on Σ weight · loss.
+
+        Args:
+            loss: called as `loss(part, **columns of the part)`; gives the unreduced loss, shaped like `weight`, and unreduced
+                metrics of the same shape, each reported as Σ weight · metric.
+            data: a `Batch` or `Pairs`.
+            weight: [B, L] or [B], computed over the whole batch.
+            columns: [B, L], [B, L, D] or [B] arrays that belong to the rows of `data`; cut along with it.
+
+        Returns:
+            `loss`, `grad_norm` (before clipping), `learning_rate`, and the metrics.
+
+        Raises:
+            NonFiniteLoss: naming the rows; weights and optimiser are as they were.
+        """
+        totals = self.gradient(loss, data, weight, **columns)
+        parameters = [p for p in self.named.values() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if not bool(torch.isfinite(norm)):
+            self.optimiser.zero_grad(set_to_none=True)
+            raise NonFiniteLoss(
+                f"the gradient's norm is {float(norm)} at optimiser step {self.taken}; no weight was changed: lower the learning "
+                "rate, or clip the score"
+            )
+        if self.clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
+        rate = self.rate()
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        self.taken += 1
+        return {**totals, "grad_norm": float(norm), "learning_rate": rate}
+
+    def gradient(self, loss: Loss, data: Data, weight: Tensor, **columns: Tensor) -> dict[str, float]:
+        """Accumulate the gradient of Σ weight · loss into the parameters, without stepping; returns the weighted sums."""
+        totals: dict[str, Tensor] = {}
+        for rows in micro_batches(data.cost, self.tokens):
+            part = data.select(rows)
+            value, metrics = loss(part, **{k: cut(v, rows, part) for k, v in columns.items()})
+            w = cut(weight, rows, part).to(value.dtype)
+            if value.shape != w.shape:
+                raise ValueError(
+                    f"the loss has shape {tuple(value.shape)}, its weight {tuple(w.shape)}: a loss is unreduced, one value a weight"
+                )
+            used = w != 0
+            weighted = torch.where(used, w * value, torch.zeros_like(value))
+            if not bool(torch.isfinite(weighted).all()):
+                self.optimiser.zero_grad(set_to_none=True)
+                bad = rows[(~torch.isfinite(weighted)).reshape(len(rows), -1).any(-1)].tolist()
+                raise NonFiniteLoss(
+                    f"the loss is not finite on rows {bad[:8]} of the batch at optimiser step {self.taken}; no weight was changed: "
+                    "lower the learning rate, or look at these rows' scores and log-probabilities"
+                )
+            weighted.sum().backward()
+            for name, metric in {"loss": value, **metrics}.items():
+                measured = torch.where(used, w * metric.detach().to(w.dtype), torch.zeros_like(w)).sum().double()
+                totals[name] = totals.get(name, torch.zeros_like(measured)) + measured
+        for parameter in self.named.values():
+            if parameter.grad is not None:
+                parallel.world.sum(parameter.grad)
+        return {name: float(parallel.world.sum(total)) for name, total in totals.items()}
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights that train and Adam's moments, by name."""
+        out: dict[str, Tensor] = {}
+        for name, parameter in self.named.items():
+            out[f"weight/{name}"] = parameter.detach()
+            for key, value in self.optimiser.state.get(parameter, {}).items():
+                out[f"adam/{key}/{name}"] = value
+        return out
+
+    def scalars(self) -> dict[str, Any]:
+        """Optimiser steps taken."""
+        return {"taken": self.taken}
+
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
+        """Go on exactly where `tensors` and `scalars` were taken.
+
+        Raises:
+            ValueError: naming a weight the checkpoint lacks or whose shape differs.
+        """
+        for name, parameter in self.named.items():
+            saved = tensors.get(f"weight/{name}")
+            if saved is None or saved.shape != parameter.shape:
+                raise ValueError(
+                    f"the checkpoint has {'no weight' if saved is None else f'shape {tuple(saved.shape)}'} for {name} "
+                    f"{tuple(parameter.shape)}: it belongs to another model or another `train`; start a new run folder"
+                )
+            parameter.copy_(saved)
+            state = {
+                key: tensors[f"adam/{key}/{name}"].clone()
+                for key in ("step", "exp_avg", "exp_avg_sq")
+                if f"adam/{key}/{name}" in tensors
+            }
+            if state:
+                self.optimiser.state[parameter] = state
+        self.taken = int(scalars["taken"])

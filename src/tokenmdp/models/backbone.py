@@ -1,0 +1,173 @@
+"""The body of a language model: tokens in, hidden states out; which of its weights train; how roles share memory.
+
+Policy, reference, reward model and critic are the same body with a different head. `twin` gives a second role its own modules
+while every weight that will not train stays one tensor in memory.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import hashlib
+import re
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float, Int
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+TRAIN = re.compile(r"all|none|head|top-[1-9]\d*|lora-[1-9]\d*")
+
+
+def keep_freed_blocks() -> None:
+    """Ask glibc to keep large freed blocks: logits are allocated and freed at every step, and faulting their pages in again
+    costs a tenth of a rollout. Elsewhere than glibc nothing happens."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    for parameter, value in ((-3, 1 << 30), (-1, 1 << 30)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+        mallopt(parameter, value)
+
+
+def compute_dtype(compute: str, device: torch.device) -> torch.dtype:
+    """The type matrix products run in: `auto` takes bfloat16 where the machine has matrix units for it, else float32.
+
+    Raises:
+        ValueError: for anything but auto, float32, bfloat16.
+    """
+    if compute == "float32":
+        return torch.float32
+    if compute == "bfloat16":
+        return torch.bfloat16
+    if compute != "auto":
+        raise ValueError(f"compute is {compute!r}; it must be auto, float32 or bfloat16")
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    # Without matrix units (AMX) a bfloat16 product on a CPU is emulated, up to a hundred times slower than float32.
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    return torch.bfloat16 if device.type == "cpu" and supported() else torch.float32
+
+
+class Backbone:
+    """A Hugging Face model used for its hidden states.
+
+    Attributes:
+        model: the Hugging Face model (causal, or sequence classification), always in evaluation mode: dropout would make the
+            learner's log-probabilities differ from the sampler's.
+        body: the part that maps tokens to hidden states.
+        peft: the PEFT wrapper when LoRA adapters train, else None.
+        compute: the type matrix products run in; weights stay float32.
+        train_spec: which weights train, as given to `twin`.
+    """
+
+    def __init__(self, model: PreTrainedModel, compute: str = "auto") -> None:
+        self.model = model.eval()
+        self.peft: PeftModel | None = None
+        self.train_spec = "all"
+        self.body: nn.Module = model.base_model
+        self.device = next(model.parameters()).device
+        self.compute = compute_dtype(compute, self.device)
+
+    def autocast(self) -> torch.autocast:
+        """The context every forward pass of this model runs in."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.compute == torch.bfloat16)
+
+    def hidden(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
+        """Hidden states of right-padded rows, `hidden[b, t]` after reading `tokens[b, :t + 1]`.
+
+        No attention mask is needed: attention is causal and padding is on the right, so no real position can see it.
+        """
+        with self.autocast():
+            return self.body(input_ids=tokens, use_cache=False).last_hidden_state
+
+    def freeze(self) -> None:
+        """No weight of this model trains from here on: it is what twins are measured against, and may be shared."""
+        self.model.requires_grad_(False)
+        self.train_spec = "none"
+
+    def twin(self, train: str) -> Backbone:
+        """A copy with modules of its own in which only `train` trains; all other weights are shared with this one, now frozen.
+
+        Args:
+            train: `all`; `top-N`, the last N blocks and the final norm; `lora-R`, LoRA adapters of rank R on every linear layer;
+                `head` or `none`, nothing of the body.
+
+        Raises:
+            ValueError: naming the value and the accepted forms; or for more blocks than the model has.
+        """
+        if not TRAIN.fullmatch(train):
+            raise ValueError(
+                f"train is {train!r}; it must be all, top-N (blocks), lora-R (rank), head or none, such as top-8 or lora-16"
+            )
+        self.freeze()
+        own = {id(p) for p in _chosen(self.body if train != "all" else self.model, train)}
+        memo = {id(p): p for p in self.model.parameters() if id(p) not in own}
+        other = copy.copy(self)
+        other.model = copy.deepcopy(self.model, memo)
+        other.body = other.model.base_model
+        other.train_spec = train
+        if train.startswith("lora-"):
+            rank = int(train.removeprefix("lora-"))
+            # peft fills adapters from torch's global generator; a fixed seed inside a fork leaves that generator as it was
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=None)
+                other.peft = get_peft_model(other.body, config)
+            other.model.eval()
+        else:
+            for parameter in _chosen(other.body if train != "all" else other.model, train):
+                parameter.requires_grad_(True)
+        return other
+
+    def merged(self) -> PreTrainedModel:
+        """A plain copy of the model, LoRA adapters folded into its weights: what is written to disk."""
+        other = copy.deepcopy(self)
+        if other.peft is not None:
+            other.peft.merge_and_unload()
+        return other.model
+
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The weights that train, by name: what an optimiser steps and a checkpoint holds."""
+        return ((n, p) for n, p in self.model.named_parameters() if p.requires_grad)
+
+    def fingerprint(self) -> str:
+        """First 16 hex digits of the sha256 over all weights: two models print the same one if and only if they are equal."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.detach().contiguous().cpu().view(torch.uint8).numpy().data)
+        return digest.hexdigest()[:16]
+
+
+def blocks(body: nn.Module) -> nn.ModuleList:
+    """The transformer blocks of a body: its longest list of modules.
+
+    Raises:
+        ValueError: when the body has no such list.
+    """
+    lists = [m for m in body.modules() if isinstance(m, nn.ModuleList)]
+    if not lists:
+        raise ValueError(
+            f"{type(body).__name__} has no list of blocks, so its top ones cannot be named: train all or lora-R instead"
+        )
+    return max(lists, key=len)
+
+
+def _chosen(module: nn.Module, train: str) -> list[nn.Parameter]:
+    if train == "all":
+        return list(module.parameters())
+    if not train.startswith("top-"):
+        return []
+    count, stack = int(train.removeprefix("top-")), blocks(module)
+    if count > len(stack):
+        raise ValueError(f"train is {train!r}, but the model has {len(stack)} blocks: use top-{len(stack)} or all")
+    chosen = [p for block in stack[-count:] for p in block.parameters()]
+    inside = {id(p) for p in stack.parameters()}
+    after = [m for m in module.children() if "norm" in type(m).__name__.lower()]
+    return chosen + [p for m in after for p in m.parameters() if id(p) not in inside]
+
+
+keep_freed_blocks()

@@ -1,0 +1,335 @@
+"""The rollout engine: many responses from few prefixes, fast, with the model's own modules.
+
+The model runs as transformers wrote it; only its attention is exchanged, through the library's own registry, for one that reads a
+preallocated slab of keys and values:
+
+    columns   0 ........ P − 1 | P, P + 1, ...        prefixes end at column P − 1 (padded on the left),
+    row b     ..prefix of b....| its response          so every row writes its next token into one column
+
+* A prefix is read once for all its samples, then its keys and values are copied to their rows (`shared prefill`).
+* Keys and values of grouped heads are never repeated: the query heads of a group become query rows of one product.
+* Rows that ended leave: when enough have, the slab is compacted, so the last long responses do not pay for the short ones.
+* One uniform number a token, drawn beforehand (`sampling.draw`), makes a row's response independent of its neighbours.
+
+`slow` is the twin without any of it, a full forward pass at every token: the tests hold `fast` against it, and a model for which
+`agrees` finds a difference (a body that keeps other state than keys and values, an attention with extra terms) is decoded by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from tokenmdp.models.sampling import Sampling, draw
+
+if TYPE_CHECKING:
+    from tokenmdp.models.policy import Policy
+
+SLAB_TOKENS = 24_576  # columns x rows a slab may hold: 1.1 GB of float32 keys and values for the embedded 135M model
+COMPACT_BELOW = 0.75  # share of live rows under which finished ones are moved out
+# What some attentions add to the plain one: capped scores, sinks, position biases. They may be too small to see on a few probe tokens.
+_EXTRA_TERMS = ("softcap", "s_aux", "position_bias", "block_indices", "indices")
+
+
+@dataclass
+class Drawn:
+    """One response: its tokens, their log-probabilities under the sampling distribution, and whether it ended by itself."""
+
+    tokens: list[int] = field(default_factory=list)
+    logp: list[float] = field(default_factory=list)
+    ended: bool = False
+
+
+class Slab:
+    """Keys and values of all layers; the object transformers calls the cache.
+
+    While `reading` it hands the fresh keys and values back and keeps them for `spread`; afterwards `update` writes the one new
+    column and answers with all columns up to it.
+    """
+
+    is_compileable = False
+
+    def __init__(self) -> None:
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+        self.reading = True
+        self.column = 0
+        self.mask: Tensor | None = (
+            None  # [rows, 1, 1, columns] added to the scores; None when all prefixes have one length
+        )
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        if self.reading:
+            self.keys[layer_idx], self.values[layer_idx] = key, value
+            return key, value
+        keys, values, column = self.keys[layer_idx], self.values[layer_idx], self.column
+        keys[:, :, column : column + 1] = key
+        values[:, :, column : column + 1] = value
+        return keys[:, :, : column + 1], values[:, :, : column + 1]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0 if self.reading else self.column
+
+    def spread(self, lengths: Tensor, source: Tensor, columns: int) -> None:
+        """Give every row the keys and values of its prefix, right-aligned, with room for `columns` in all.
+
+        Args:
+            lengths: [prefixes] tokens of each prefix.
+            source: [rows] the prefix of each row.
+        """
+        P, rows = int(lengths.max()), len(source)
+        ragged = bool((lengths != P).any())
+        # column c of a prefix of length n holds its position c − (P − n)
+        position = torch.arange(P, device=lengths.device)[None] - (P - lengths)[:, None]
+        for store in (self.keys, self.values):
+            for layer, read in store.items():
+                aligned = read
+                if ragged:
+                    index = position.clamp(min=0)[:, None, :, None].expand(-1, read.shape[1], -1, read.shape[3])
+                    aligned = read.gather(2, index)
+                slab = read.new_zeros((rows, read.shape[1], columns, read.shape[3]))
+                slab[:, :, :P] = aligned[source]
+                store[layer] = slab
+        if ragged:
+            visible = torch.ones((rows, columns), dtype=torch.bool, device=lengths.device)
+            visible[:, :P] = (position >= 0)[source]
+            self.mask = torch.zeros((rows, 1, 1, columns), device=lengths.device).masked_fill_(
+                ~visible[:, None, None], float("-inf")
+            )
+        self.reading, self.column = False, P
+
+    def keep(self, rows: Tensor) -> None:
+        """Only these rows (in increasing order) go on; they move to the front of the memory the slab already has."""
+        for store in (self.keys, self.values):
+            for layer, slab in store.items():
+                slab[: len(rows), :, : self.column] = slab[rows, :, : self.column]
+                store[layer] = slab[: len(rows)]
+        if self.mask is not None:
+            self.mask = self.mask[rows]
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls instead of its own attention while the engine runs.
+
+    query [rows, heads, T, d]; key, value [rows, key heads, columns, d]. T > 1 reads prefixes (causal), T = 1 decodes.
+    """
+    refused = [name for name in _EXTRA_TERMS if others.get(name) is not None]
+    if refused:
+        raise ValueError(f"this attention has {', '.join(refused)}, which the slab does not know: decode it by `slow`")
+    rows, heads, T, width = query.shape
+    groups = heads // key.shape[1]
+    if T > 1:
+        window = None
+        if sliding_window is not None and sliding_window < T:
+            distance = torch.arange(T, device=query.device)[:, None] - torch.arange(T, device=query.device)[None]
+            window = (distance >= 0) & (distance < sliding_window)
+        out = scaled_dot_product_attention(
+            query, key, value, attn_mask=window, is_causal=window is None, scale=scaling, enable_gqa=groups > 1
+        )
+        return out.transpose(1, 2), None
+    mask = _state.slab.mask if _state.slab is not None else None
+    start = 0 if sliding_window is None else max(0, key.shape[2] - sliding_window)
+    mask = None if mask is None else mask[..., start : key.shape[2]].to(query.dtype)
+    grouped = query.view(rows, key.shape[1], groups, width)
+    out = scaled_dot_product_attention(grouped, key[:, :, start:], value[:, :, start:], attn_mask=mask, scale=scaling)
+    return out.reshape(rows, 1, heads, value.shape[-1]), None
+
+
+class _State:
+    """The slab being decoded: attention modules receive keys and values, but not the cache that holds the mask."""
+
+    slab: Slab | None = None
+
+
+_state = _State()
+AttentionInterface.register("tokenmdp_slab", _attention)
+
+
+@contextmanager
+def _slab_attention(policy: Policy, slab: Slab) -> Iterator[None]:
+    config = policy.model.config
+    before = config._attn_implementation
+    policy.model.set_attn_implementation("tokenmdp_slab")
+    _state.slab = slab
+    try:
+        yield
+    finally:
+        _state.slab = None
+        policy.model.set_attn_implementation(before)
+
+
+def _step(policy: Policy, tokens: Tensor, positions: Tensor, slab: Slab) -> Tensor:
+    """Hidden states of the tokens given, with the slab before them."""
+    return policy.backbone.body(
+        input_ids=tokens, position_ids=positions, past_key_values=slab, use_cache=True
+    ).last_hidden_state
+
+
+def _read(
+    policy: Policy, prefixes: Sequence[Sequence[int]], source: Tensor, columns: int, slab: Slab
+) -> tuple[Tensor, Tensor]:
+    """Read each prefix once and spread it over its rows. Returns the last hidden state of each prefix and the lengths."""
+    device = policy.device
+    lengths = torch.tensor([len(p) for p in prefixes], device=device)
+    P = int(lengths.max())
+    tokens = torch.zeros((len(prefixes), P), dtype=torch.long, device=device)
+    for i, prefix in enumerate(prefixes):
+        tokens[i, : len(prefix)] = torch.tensor(list(prefix), device=device)
+    hidden = _step(policy, tokens, torch.arange(P, device=device).expand(len(prefixes), -1), slab)
+    slab.spread(lengths, source, P + columns)
+    return hidden[torch.arange(len(prefixes), device=device), lengths - 1], lengths
+
+
+def fast(
+    policy: Policy,
+    prefixes: Sequence[Sequence[int]],
+    n: int,
+    uniform: Float[Tensor, "B H"],
+    sampling: Sampling,
+    advance: Callable[[int], None] | None = None,
+) -> list[Drawn]:
+    """`n` responses to each prefix through the slab; row b·n + j is sample j of prefix b and uses `uniform[b·n + j]`.
+
+    Equal to `slow` up to the rounding of the model's own arithmetic.
+    """
+    drawn = [Drawn() for _ in range(len(prefixes) * n)]
+    # Prefixes of like length share a slab; each slab is bounded in memory.
+    order = sorted(range(len(prefixes)), key=lambda i: len(prefixes[i]))
+    start = 0
+    while start < len(order):
+        end = start + 1
+        while (
+            end < len(order)
+            and (end + 1 - start) * n * (len(prefixes[order[end]]) + sampling.max_new_tokens) <= SLAB_TOKENS
+        ):
+            end += 1
+        part = order[start:end]
+        rows = [i * n + j for i in part for j in range(n)]
+        _decode_part(policy, [prefixes[i] for i in part], n, uniform[rows], sampling, [drawn[r] for r in rows], advance)
+        start = end
+    return drawn
+
+
+def _decode_part(
+    policy: Policy,
+    prefixes: Sequence[Sequence[int]],
+    n: int,
+    uniform: Tensor,
+    sampling: Sampling,
+    drawn: list[Drawn],
+    advance: Callable[[int], None] | None,
+) -> None:
+    device, slab = policy.device, Slab()
+    source = torch.arange(len(prefixes), device=device).repeat_interleave(n)
+    eos = torch.tensor(policy.eos_ids, device=device)
+    with _slab_attention(policy, slab):
+        last, lengths = _read(policy, prefixes, source, sampling.max_new_tokens, slab)
+        logits = policy.project(last)[source].float()
+        position, live = (
+            lengths[source],
+            torch.arange(len(drawn), device=device),
+        )  # live: which row of `drawn` each slab row is
+        done = torch.zeros(len(drawn), dtype=torch.bool, device=device)
+        for t in range(sampling.max_new_tokens):
+            token, logp = draw(logits, uniform[live, t], sampling)
+            finished_before = done.tolist()
+            for row, a, lp, gone in zip(live.tolist(), token.tolist(), logp.tolist(), finished_before, strict=True):
+                if not gone:
+                    drawn[row].tokens.append(a)
+                    drawn[row].logp.append(lp)
+            if sampling.stop_at_eos:
+                ended = torch.isin(token, eos) & ~done
+                for row in live[ended].tolist():
+                    drawn[row].ended = True
+                done = done | ended
+                if advance is not None and bool(ended.any()):
+                    advance(int(ended.sum()))
+                if bool(done.all()) or t + 1 == sampling.max_new_tokens:
+                    break
+                if float((~done).float().mean()) < COMPACT_BELOW:
+                    kept = (~done).nonzero()[:, 0]
+                    slab.keep(kept)
+                    live, position, token, done = live[kept], position[kept], token[kept], done[kept]
+            elif t + 1 == sampling.max_new_tokens:
+                break
+            hidden = _step(policy, token[:, None], position[:, None], slab)
+            slab.column += 1
+            position = position + 1
+            logits = policy.project(hidden[:, -1]).float()
+    if advance is not None:
+        advance(sum(not d.ended for d in drawn))
+
+
+def slow(
+    policy: Policy,
+    prefixes: Sequence[Sequence[int]],
+    n: int,
+    uniform: Float[Tensor, "B H"],
+    sampling: Sampling,
+    advance: Callable[[int], None] | None = None,
+) -> list[Drawn]:
+    """The same responses by a full forward pass over each row at every token: no cache, no padding, no sharing."""
+    drawn = [Drawn() for _ in range(len(prefixes) * n)]
+    for row, one in enumerate(drawn):
+        prefix = list(prefixes[row // n])
+        for t in range(sampling.max_new_tokens):
+            tokens = torch.tensor([prefix + one.tokens], device=policy.device)
+            logits = policy.model(input_ids=tokens, use_cache=False).logits[:, -1].float()
+            token, logp = draw(logits, uniform[row, t : t + 1], sampling)
+            one.tokens.append(int(token))
+            one.logp.append(float(logp))
+            if sampling.stop_at_eos and int(token) in policy.eos_ids:
+                one.ended = True
+                break
+        if advance is not None:
+            advance(1)
+    return drawn
+
+
+def agrees(policy: Policy) -> bool:
+    """Whether the slab gives this model's own logits, tried on ragged prefixes and a few tokens after them.
+
+    The tolerance is 1e-3 of the logits' spread in float32, 5e-2 in bfloat16. Any error the exchange of attention causes in the
+    model's code counts as "no".
+    """
+    size = int(policy.model.config.vocab_size)
+    prefixes = [[(7 * i + 3 * j + 1) % size for i in range(length)] for j, length in enumerate((5, 8, 3))]
+    following = [[(11 * j + 5 * t + 2) % size for t in range(3)] for j in range(len(prefixes))]
+    tolerance = 1e-3 if policy.backbone.compute == torch.float32 else 5e-2
+    try:
+        with torch.inference_mode(), policy.backbone.autocast():
+            whole = [policy.model(input_ids=torch.tensor([p + f], device=policy.device), use_cache=False).logits[0].float()
+                     for p, f in zip(prefixes, following, strict=True)]  # fmt: skip
+            slab, source = Slab(), torch.arange(len(prefixes), device=policy.device)
+            with _slab_attention(policy, slab):
+                last, position = _read(policy, prefixes, source, len(following[0]), slab)
+                seen = [policy.project(last).float()]
+                for t in range(len(following[0])):
+                    token = torch.tensor([[f[t]] for f in following], device=policy.device)
+                    seen.append(policy.project(_step(policy, token, position[:, None], slab)[:, -1]).float())
+                    slab.column, position = slab.column + 1, position + 1
+    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        return False
+    ours = torch.stack(seen, dim=1)
+    for b, prefix in enumerate(prefixes):
+        want = whole[b][len(prefix) - 1 :]
+        if not bool((ours[b] - want).abs().max() <= tolerance * (want.max() - want.min())):
+            return False
+    return True

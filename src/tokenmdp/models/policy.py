@@ -1,0 +1,294 @@
+"""A policy π(a | s): prefixes to distributions over the next token.
+
+Two verbs carry everything: `sample` draws responses (the rollout engine is `decode.py`) and `evaluate` says what the policy makes of
+given ones. The one-position shift of a language model, logits at t − 1 for the token at t, happens in `evaluate` and nowhere else.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tokenmdp.functional import kl
+from tokenmdp.models import decode
+from tokenmdp.models.backbone import Backbone
+from tokenmdp.models.sampling import Sampling
+from tokenmdp.types import Batch, Prompt
+
+_LOGIT_ROWS = 512  # positions projected to the vocabulary at a time: 512 x 49,152 float32 logits are 100 MB
+
+
+class Policy:
+    """A causal language model with its tokenizer.
+
+    Attributes:
+        backbone: the model's body, shared by `twin`s where it does not train.
+        tokenizer: the model's tokenizer.
+        name: what to call it in tables.
+        eos_ids: the tokens that end a response.
+        context: the most positions a row may have.
+        paths: how this policy computes, in words ("rollouts: KV slab", ...); a run writes them down.
+
+    Raises:
+        ValueError: when the model has no end-of-text token: nothing could ever end.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "policy", compute: str = "auto"
+    ):
+        self.backbone = Backbone(model, compute)
+        self.tokenizer = tokenizer
+        self.name = name
+        self.eos_ids = eos_ids(model, tokenizer)
+        self.context = int(getattr(model.config, "max_position_embeddings", None) or 1 << 20)
+        self.paths: dict[str, str] = {"compute": str(self.backbone.compute).removeprefix("torch.")}
+        self._linear_head: bool | None = None
+        self._slab: bool | None = None
+
+    # -- who trains ---------------------------------------------------------------------------------------------------------
+
+    def twin(self, train: str, name: str | None = None) -> Policy:
+        """A policy that starts equal to this one and trains `train` (see `Backbone.twin`); this one is frozen from here on."""
+        other = copy.copy(self)
+        other.backbone = self.backbone.twin(train)
+        other.paths = dict(self.paths)
+        other.name = name or self.name
+        return other
+
+    def freeze(self) -> Policy:
+        """This policy, no longer training: a reference."""
+        self.backbone.freeze()
+        return self
+
+    def trained(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """The weights that train, by name."""
+        return self.backbone.trained()
+
+    @property
+    def device(self) -> torch.device:
+        return self.backbone.device
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.backbone.model
+
+    # -- text ---------------------------------------------------------------------------------------------------------------
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of plain text, without special tokens added."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids; special tokens are left out and no space is tidied away."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def prompt(
+        self, text: str | Sequence[Mapping[str, str]], row: int = 0, columns: Mapping[str, Any] | None = None
+    ) -> Prompt:
+        """A prompt from plain text, or from chat messages through the tokenizer's own template.
+
+        Raises:
+            ValueError: messages were given and the tokenizer has no chat template; or the prompt leaves no room in the context.
+        """
+        if isinstance(text, str):
+            ids, shown = self.encode(text), text
+            if not ids and self.tokenizer.bos_token_id is not None:
+                ids = [self.tokenizer.bos_token_id]
+        else:
+            if not self.tokenizer.chat_template:
+                raise ValueError(
+                    f"row {row} holds chat messages, but the tokenizer of {self.name} has no chat template: give plain text, "
+                    "or a tokenizer whose chat_template is set"
+                )
+            shown = str(self.tokenizer.apply_chat_template(list(text), tokenize=False, add_generation_prompt=True))
+            ids = self.encode(shown)
+        if len(ids) >= self.context:
+            raise ValueError(
+                f"the prompt of row {row} has {len(ids)} tokens, the context of {self.name} is {self.context} and a response "
+                "needs room too: shorten or drop the row"
+            )
+        return Prompt(tuple(ids), shown, row, dict(columns or {}))
+
+    def response_text(self, prompt: Sequence[int], response: Sequence[int]) -> str:
+        """What the response adds to the prompt's text (a word tokenizer's joining space included)."""
+        before, whole = self.decode(prompt), self.decode([*prompt, *response])
+        return whole[len(before) :] if whole.startswith(before) else self.decode(response)
+
+    # -- the policy ---------------------------------------------------------------------------------------------------------
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        n: int,
+        sampling: Sampling,
+        rng: torch.Generator,
+        advance: Callable[[int], None] | None = None,
+    ) -> Batch:
+        """`n` responses to each prompt, side by side: rows b·n … b·n + n − 1 answer prompt b and share its `group`.
+
+        `logp_mu` of the result is exact for the distribution sampled (temperature, top-p and top-k included). A response's tokens
+        depend on its own row of uniform numbers, not on its neighbours or on how rows are batched.
+
+        Args:
+            advance: called with a number of finished rows, for a progress bar.
+
+        Raises:
+            ValueError: no prompts, n below 1, or a prompt that with the response would not fit the context.
+        """
+        if not prompts or n < 1:
+            raise ValueError(f"asked for {n} samples of {len(prompts)} prompts: both must be at least 1")
+        for p in prompts:
+            if len(p.ids) + sampling.max_new_tokens > self.context:
+                raise ValueError(
+                    f"the prompt of row {p.row} has {len(p.ids)} tokens; with max_new_tokens={sampling.max_new_tokens} that "
+                    f"exceeds the context of {self.name}, {self.context}: shorten one or the other"
+                )
+        uniform = torch.rand((len(prompts) * n, sampling.max_new_tokens), generator=rng, dtype=torch.float64)
+        if self._slab is None:
+            self._slab = decode.agrees(self)
+            self.paths["rollouts"] = (
+                "KV slab, shared prefill" if self._slab else "full forward pass at every token (slow, always right)"
+            )
+        engine = decode.fast if self._slab else decode.slow
+        with torch.inference_mode(), self.backbone.autocast():
+            drawn = engine(self, [p.ids for p in prompts], n, uniform.to(self.device), sampling, advance)
+        rows = [p for p in prompts for _ in range(n)]
+        return Batch.build(
+            rows,
+            [d.tokens for d in drawn],
+            texts=[self.response_text(p.ids, d.tokens) for p, d in zip(rows, drawn, strict=True)],
+            ended=[d.ended for d in drawn],
+            group=[i for i in range(len(prompts)) for _ in range(n)],
+            logp_mu=[d.logp for d in drawn],
+            pad=self.eos_ids[0],
+        ).to(self.device)
+
+    def evaluate(
+        self, batch: Batch, want: Sequence[str] = ("logp",), temperature: float = 1.0
+    ) -> dict[str, Float[Tensor, "B L"]]:
+        """What this policy makes of a batch, token-aligned and zero outside `batch.action`.
+
+        Args:
+            want: any of `logp`, log π(a_t | s_t) in nats, and `entropy`, H(π(· | s_t)) in nats (no gradient).
+            temperature: logits are divided by it first; 1 is the policy itself.
+
+        Raises:
+            ValueError: an unknown want.
+        """
+        unknown = set(want) - {"logp", "entropy"}
+        if unknown:
+            raise ValueError(f"want has {sorted(unknown)}; it may hold logp and entropy")
+        where = batch.action.nonzero(as_tuple=True)
+        chosen = batch.tokens[where]
+        found: dict[str, list[Tensor]] = {name: [] for name in want}
+        for piece, logits in self._action_logits(batch):
+            logits = logits / temperature if temperature != 1.0 else logits
+            logp = torch.log_softmax(logits, dim=-1)
+            if "logp" in found:
+                found["logp"].append(logp.gather(1, chosen[piece][:, None])[:, 0])
+            if "entropy" in found:
+                with torch.no_grad():
+                    found["entropy"].append(-(logp.exp() * logp).sum(-1))
+        blank = torch.zeros(batch.tokens.shape, dtype=torch.float32, device=batch.tokens.device)
+        return {
+            name: blank.to(parts[0].dtype).index_put(where, torch.cat(parts)) if parts else blank
+            for name, parts in found.items()
+        }
+
+    @torch.no_grad()
+    def kl_to(self, reference: Policy, batch: Batch) -> Float[Tensor, "B L"]:
+        """KL(π(· | s_t) ‖ π_ref(· | s_t)) at every action position, exact over the vocabulary, in nats.
+
+        Summed along responses drawn from π it is the Rao-Blackwellised, unbiased estimate of the KL between the two
+        distributions over responses (chain rule).
+
+        Raises:
+            ValueError: the two vocabularies differ in size.
+        """
+        parts = []
+        for (_, ours), (_, theirs) in zip(self._action_logits(batch), reference._action_logits(batch), strict=True):
+            if ours.shape != theirs.shape:
+                raise ValueError(
+                    f"{self.name} has {ours.shape[-1]} tokens and {reference.name} {theirs.shape[-1]}: a KL needs one vocabulary"
+                )
+            parts.append(kl.exact(ours, theirs))
+        out = torch.zeros(batch.tokens.shape, dtype=torch.float32, device=batch.tokens.device)
+        return out.index_put(batch.action.nonzero(as_tuple=True), torch.cat(parts)) if parts else out
+
+    def _action_logits(self, batch: Batch) -> Iterator[tuple[slice, Tensor]]:
+        """Float32 (or wider) logits of the states in which actions were taken, a slice of action positions at a time.
+
+        Only those positions are projected to the vocabulary: the shift by one is here.
+        """
+        rows, at = batch.action.nonzero(as_tuple=True)
+        if self._linear_head is None:
+            self._linear_head = self._head_is_linear()
+            self.paths["logits"] = (
+                "action positions only" if self._linear_head else "all positions (the model alters its logits)"
+            )
+        if self._linear_head:
+            states = self.backbone.hidden(batch.tokens)[rows, at - 1]
+        else:
+            with self.backbone.autocast():
+                states = self.model(input_ids=batch.tokens, use_cache=False).logits[rows, at - 1]
+        for start in range(0, len(rows), _LOGIT_ROWS):
+            piece = slice(start, min(start + _LOGIT_ROWS, len(rows)))
+            logits = self.project(states[piece]) if self._linear_head else states[piece]
+            yield piece, logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+
+    def project(self, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
+        """Hidden states to logits through the model's output layer."""
+        with self.backbone.autocast():
+            return self.model.get_output_embeddings()(hidden)
+
+    @torch.no_grad()
+    def _head_is_linear(self) -> bool:
+        """Whether output layer ∘ body is the model, on a few tokens: some models cap or scale their logits after it."""
+        probe = torch.arange(1, 7, device=self.device)[None] % self.model.config.vocab_size
+        with self.backbone.autocast():
+            whole = self.model(input_ids=probe, use_cache=False).logits.float()
+        ours = self.project(self.backbone.hidden(probe)).float()
+        return bool(torch.allclose(ours, whole, rtol=1e-3, atol=1e-3 * float(whole.abs().max())))
+
+    # -- on disk ------------------------------------------------------------------------------------------------------------
+
+    def save(self, folder: Path | str) -> None:
+        """Write a Hugging Face directory (safetensors and tokenizer); LoRA adapters are folded in."""
+        model = self.model if self.backbone.peft is None else self.backbone.merged()
+        model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def fingerprint(self) -> str:
+        """Hash of the weights (see `Backbone.fingerprint`)."""
+        return self.backbone.fingerprint()
+
+
+def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Every token that ends a response: the tokenizer's and those the generation config adds.
+
+    Raises:
+        ValueError: when there is none.
+    """
+    found: list[int] = []
+    generation = getattr(model, "generation_config", None)
+    for source in (
+        tokenizer.eos_token_id,
+        getattr(generation, "eos_token_id", None),
+        getattr(model.config, "eos_token_id", None),
+    ):
+        for token in source if isinstance(source, list | tuple) else [source]:
+            if token is not None and int(token) not in found:
+                found.append(int(token))
+    if not found:
+        raise ValueError(
+            "the model has no end-of-text token, so no response could ever end: set tokenizer.eos_token (and train the model to "
+            "produce it), or eos_token_id in its config"
+        )
+    return tuple(found)

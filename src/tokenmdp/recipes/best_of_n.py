@@ -1,0 +1,125 @@
+"""Best-of-n: sample n responses, keep the one the reward likes best. Policy improvement at decoding time, without any training.
+
+    y* = argmax_{y_1 … y_n ~ π} r(x, y),   KL(π_bo-n ‖ π) ≤ log n − (n − 1)/n
+
+Source: Stiennon et al. 2020, appendix G.3 for the KL, which is exact when no two responses tie and an upper bound in general
+(Beirami et al. 2024, theorem 3.1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokenmdp import rewards, tasks
+from tokenmdp.functional import kl
+from tokenmdp.models import catalog
+from tokenmdp.models.policy import Policy
+from tokenmdp.models.sampling import Sampling
+from tokenmdp.run import Run
+from tokenmdp.types import Batch, Prompt, Reward
+
+SETTING = "rl"
+
+
+@dataclass(frozen=True)
+class Config:
+    model: str = "smollm2-135m-instruct"  # a name, a folder or a hub id
+    reward: str = "sentiment"  # a reward model's folder, a name, file.py:function, or a mixture "0.5*a + b"
+    task: str = "sentiment"  # prompts: a task's name, a file or a hub id; its held-out prompts are answered
+    prompts: int = 64  # prompts answered
+    n: int = 8  # responses drawn a prompt
+    max_new_tokens: int = 24  # the horizon H, in tokens
+    temperature: float = 1.0
+    chunk: int = 16  # prompts answered between checkpoints
+
+
+def best(value: Tensor, verdict: Tensor, n: int) -> Tensor:
+    """[prompts] row of the best-scored of each n neighbouring rows; rows without a verdict lose to all others.
+
+    The first of equal scores is taken: responses are drawn independently, so this is as good as a coin.
+    """
+    ranked = torch.where(verdict, value, torch.full_like(value, -torch.inf)).view(-1, n)
+    return ranked.argmax(-1) + n * torch.arange(len(ranked), device=value.device)
+
+
+def train(cfg: Config, policy: Policy, prompts: list[Prompt], reward: Reward, run: Run) -> dict[str, object]:
+    """Answer each prompt by the best of n; responses go to samples.jsonl. (Nothing is trained: the name is the recipes' common one.)"""
+    sampling = Sampling(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature)
+    totals = Totals()
+    chunks = [prompts[i : i + cfg.chunk] for i in range(0, len(prompts), cfg.chunk)]
+    for step in run.steps(len(chunks), totals, title="best of n"):
+        b: Batch = policy.sample(chunks[step], cfg.n, sampling, run.rng)
+        score = reward(b)
+        chosen = best(score.value, score.verdict, cfg.n)
+        for arm, rows in (("first", range(0, len(b), cfg.n)), ("best_of_n", chosen.tolist())):
+            for i in rows:
+                proxy = float(score.value[i]) if bool(score.verdict[i]) else None
+                p = b.prompts[i]
+                line = {
+                    "prompt": p.text,
+                    "arm": arm,
+                    "row": p.row,
+                    "text": b.texts[i],
+                    "ended": bool(b.ended[i]),
+                    "proxy": proxy,
+                }
+                run.append("samples.jsonl", line)
+        judged = score.verdict
+        totals.add(float(score.value[judged].sum()), int(judged.sum()), float(score.value[chosen].sum()), len(chosen))
+        run.log(
+            step,
+            {
+                "objective/scores": totals.mean,
+                "objective/scores_best": totals.best,
+                "completions/mean_length": float(b.action.sum(-1).float().mean()),
+                "completions/clipped_ratio": float((~b.ended).float().mean()),
+                "num_tokens": float(b.action.sum()),
+                "no_verdict": float((~judged).sum()),
+            },
+            headline=("objective/scores", "objective/scores_best"),
+        )
+    return {
+        "score_mean": totals.mean,
+        "score_best": totals.best,
+        "kl_bound_nats": kl.best_of_n_kl(cfg.n),
+        "prompts": len(prompts),
+    }
+
+
+class Totals:
+    """Running sums of all scores and of the best ones."""
+
+    def __init__(self) -> None:
+        self.sums = [0.0, 0.0, 0.0, 0.0]
+
+    def add(self, *values: float) -> None:
+        self.sums = [a + b for a, b in zip(self.sums, values, strict=True)]
+
+    @property
+    def mean(self) -> float:
+        return self.sums[0] / max(self.sums[1], 1.0)
+
+    @property
+    def best(self) -> float:
+        return self.sums[2] / max(self.sums[3], 1.0)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+    def scalars(self) -> dict[str, object]:
+        return {"sums": self.sums}
+
+    def restore(self, tensors: object, scalars: dict[str, list[float]]) -> None:
+        self.sums = list(scalars["sums"])
+
+
+def main(cfg: Config, run: Run) -> dict[str, object]:
+    """Load the policy, the reward and the prompts; answer the held-out ones."""
+    policy = catalog.load(cfg.model).freeze()
+    reward = rewards.load(cfg.reward, policy)
+    task = tasks.load(cfg.task, policy)
+    prompts = list(task.held_out or task.train)[: cfg.prompts]
+    return train(cfg, policy, prompts, reward, run)

@@ -1,0 +1,243 @@
+"""Proximal policy optimisation on the token MDP: RLHF's online reinforcement learning on known dynamics.
+
+    r_t  = score · 1[t is the last action] − β ( log π_old(a_t | s_t) − log π_ref(a_t | s_t) )
+    Â_t  = Σ_k (γλ)^k δ_{t+k},   δ_t = r_t + γ V(s_{t+1}) − V(s_t),   V = 0 after the last action
+    ℓ_t  = − min( ρ_t Â_t, clip(ρ_t, 1 ± ε) Â_t ),   ρ_t = π(a_t | s_t) / π_old(a_t | s_t)
+
+The critic starts as the reward model read at every prefix. A response cut at the horizon is judged as it stands: the horizon is
+part of the MDP, so nothing is bootstrapped after it; `truncation` takes that much off its score where that is not wanted.
+
+Source: Schulman et al. 2017, eqs. 7, 11, 12; the KL reward: Ouyang et al. 2022, eq. 2; adaptive β: Ziegler et al. 2019, section 2.2;
+details as in Huang et al. 2024 ("The N+ implementation details of RLHF with PPO").
+Differs: by default only the critic's head trains, on the reward model's frozen body, whose states are computed once a phase.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenmdp import rewards, tasks
+from tokenmdp.functional import credit, policy_loss, returns, weights
+from tokenmdp.learner import Learner
+from tokenmdp.models import catalog
+from tokenmdp.models.heads import Critic
+from tokenmdp.models.parts import in_parts
+from tokenmdp.models.policy import Policy
+from tokenmdp.models.sampling import Sampling
+from tokenmdp.rewards.reward_model import RewardModel
+from tokenmdp.run import Run
+from tokenmdp.tasks import Task
+from tokenmdp.types import Batch, Reward
+
+SETTING = "rl"
+
+
+@dataclass(frozen=True)
+class Config:
+    model: str = "smollm2-135m-instruct"  # the policy's start and its reference: best the SFT model
+    reward: str = "sentiment"  # a reward model's folder, a name, file.py:function, or a mixture "0.5*a + b"
+    task: str = "sentiment"  # prompts: a task's name, a file or a hub id
+    steps: int = 40  # phases of sampling and learning
+    prompts: int = 16  # prompts a phase
+    samples: int = 4  # responses a prompt
+    max_new_tokens: int = 24  # the horizon H, in tokens
+    temperature: float = 1.0  # of sampling and of the ratio
+    learning_rate: float = 2e-5  # of the policy
+    critic_learning_rate: float = 1e-3  # of the value head (and of the critic's body where it trains)
+    epochs: int = 2  # passes over a phase's responses
+    minibatches: int = 2  # optimiser steps a pass
+    clip: float = 0.2  # ε, in units of the ratio
+    gamma: float = 1.0  # discount a token
+    lam: float = 0.95  # λ of GAE: 1 trusts returns, 0 the critic
+    kl: float = 0.05  # β, reward units a nat
+    kl_target: float = 0.0  # nats a response that β is steered towards; 0 keeps β fixed
+    truncation: float = 0.0  # reward units taken off a response that did not end by itself
+    train: str = "all"  # what of the policy trains: all | top-N blocks | lora-R rank
+    critic_train: str = (
+        "head"  # what of the critic's body trains besides its head: head (nothing) | all | top-N | lora-R
+    )
+    micro_tokens: int = 2048  # padded positions in a micro-batch; changes memory, never the gradient
+
+
+class KLCoefficient:
+    """β, fixed or steered towards a target KL: β ← β (1 + 0.1 · clip(KL / target − 1, ±0.2)) (Ziegler et al. 2019, section 2.2)."""
+
+    def __init__(self, start: float, target: float) -> None:
+        self.value, self.target = start, target
+
+    def update(self, kl: float) -> None:
+        if self.target > 0:
+            self.value *= 1 + 0.1 * min(max(kl / self.target - 1, -0.2), 0.2)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+    def scalars(self) -> dict[str, Any]:
+        return {"beta": self.value}
+
+    def restore(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
+        self.value = float(scalars["beta"])
+
+
+def train(
+    cfg: Config, reference: Policy, critic: Critic, reward: Reward, task: Task, run: Run, gold: Reward | None = None
+) -> tuple[Policy, dict[str, float]]:
+    """Optimise the reward online; returns the trained policy and what the step-0 gate measured.
+
+    Args:
+        reference: where the policy starts and what the KL is measured to; frozen.
+        gold: a second reward that is only recorded, to see proxy and truth drift apart.
+    """
+    policy = reference.twin(cfg.train, name="ppo")
+    actor = Learner(policy, cfg.learning_rate, tokens=cfg.micro_tokens)
+    valuer = Learner(critic, cfg.critic_learning_rate, tokens=cfg.micro_tokens)
+    beta = KLCoefficient(cfg.kl, cfg.kl_target)
+    sampling = Sampling(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature)
+    run.note(f"reference {reference.name} {reference.fingerprint()}; policy starts as {policy.fingerprint()}")
+
+    def evaluate(model: Policy, batch: Batch, *want: str) -> dict[str, Tensor]:
+        return in_parts(lambda part: model.evaluate(part, want, cfg.temperature), batch)
+
+    def actor_loss(part: Batch, advantage: Tensor, logp_old: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        logp = policy.evaluate(part, temperature=cfg.temperature)["logp"]
+        value, clipped = policy_loss.ppo_clip(logp, logp_old, advantage, cfg.clip)
+        change = logp - logp_old
+        return value, {
+            "policy/clipfrac_avg": clipped.to(value.dtype),
+            "policy/approxkl_avg": change.exp() - 1 - change,
+            "val/ratio": change.exp(),
+        }
+
+    def critic_loss(part: Batch, return_: Tensor, states: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        value = critic.value(critic.states(part) if states is None else states, part)
+        return policy_loss.value_clip(value, value.detach(), return_, None), {}
+
+    for step in run.steps(cfg.steps, actor, valuer, beta, title="PPO"):
+        # 1. Roll out on the known dynamics.
+        b = policy.sample(task.draw(cfg.prompts, run.rng), cfg.samples, sampling, run.rng)
+        score = reward(b)
+        rows = score.verdict
+
+        # 2. Look: the policy that sampled, the reference, the critic.
+        old = evaluate(policy, b, "logp", "entropy")
+        logp_old, logp_ref = old["logp"], evaluate(reference, b, "logp")["logp"]
+        states = in_parts(lambda part: {"states": critic.states(part)}, b)["states"]
+        with torch.no_grad():
+            value = critic.value(states, b)
+
+        # 3. Reward, return, advantage, all token-aligned.
+        outcome = score.value - cfg.truncation * (~b.ended).to(score.value.dtype)
+        given = credit.last(outcome, b.action) if score.token is None else score.token
+        token_reward = given - beta.value * (logp_old - logp_ref)
+        advantage, return_ = returns.gae(token_reward, value, b.action, cfg.gamma, cfg.lam)
+        per_token = weights.per_token(b.action, rows=rows)
+        advantage = returns.whiten(advantage, per_token)
+
+        # 4. Learn: the policy conservatively, the critic by regression.
+        learned: list[dict[str, float]] = []
+        for _ in range(cfg.epochs):
+            for part in torch.randperm(len(b), generator=run.rng).chunk(cfg.minibatches):
+                mini = b.select(part)
+                L = mini.tokens.shape[1]
+                w = weights.per_token(mini.action, rows=rows[part])
+                columns = {"advantage": advantage[part, :L], "logp_old": logp_old[part, :L]}
+                acted = actor.step(actor_loss, mini, w, **columns)
+                kept = {} if critic.body_trains else {"states": states[part, :L]}
+                valued = valuer.step(critic_loss, mini, w, return_=return_[part, :L], **kept)
+                learned.append({**acted, "loss/value_avg": valued["loss"], "critic_grad_norm": valued["grad_norm"]})
+
+        # 5. Say what happened.
+        kl = ((logp_old - logp_ref) * b.action).sum(-1)
+        metrics = {
+            "objective/scores": _mean(score.value, rows),
+            "objective/kl": _mean(kl, rows),
+            "objective/rlhf_reward": _mean(outcome - beta.value * kl, rows),
+            "objective/entropy": float((old["entropy"] * per_token).sum()),
+            "objective/kl_coefficient": beta.value,
+            "loss/policy_avg": _average(learned, "loss"),
+            **{name: _average(learned, name) for name in ("policy/clipfrac_avg", "policy/approxkl_avg", "val/ratio")},
+            **{name: _average(learned, name) for name in ("loss/value_avg", "grad_norm", "critic_grad_norm")},
+            "val/explained_variance": explained_variance(value, return_, per_token),
+            "completions/mean_length": float(b.action.sum(-1).float().mean()),
+            "completions/clipped_ratio": float((~b.ended).float().mean()),
+            "num_tokens": float(b.action.sum()),
+            "no_verdict": float((~rows).sum()),
+            **sampler_difference(b, logp_old),
+        }
+        if gold is not None:
+            metrics["objective/gold"] = float(gold(b).value.mean())
+        if step == 0:
+            run.append("gate.jsonl", gate(policy, reference, b, logp_old, logp_ref, learned[0], metrics))
+        run.log(step, metrics, headline=("objective/scores", "objective/kl"))
+        beta.update(metrics["objective/kl"])
+    return policy, {}
+
+
+def gate(
+    policy: Policy,
+    reference: Policy,
+    b: Batch,
+    logp_old: Tensor,
+    logp_ref: Tensor,
+    first: dict[str, float],
+    metrics: dict[str, float],
+) -> dict[str, Any]:
+    """What must hold before the first update: ratio 1, KL to the reference 0, sampler and learner agree; measured, not assumed."""
+    return {
+        "ratio_first_update": first["val/ratio"],
+        "kl_reference": float((logp_old - logp_ref).abs().max()),
+        "sampler_learner_max_difference": metrics["sampling/sampling_logp_difference/max"],
+        "compute": policy.paths["compute"],
+        "paths": policy.paths,
+    }
+
+
+def sampler_difference(b: Batch, logp: Tensor) -> dict[str, float]:
+    """How far the sampler's log-probabilities are from the learner's on the same tokens, nats."""
+    if b.logp_mu is None:
+        return {}
+    difference = (logp - b.logp_mu).abs()[b.action]
+    return {
+        "sampling/sampling_logp_difference/mean": float(difference.mean()),
+        "sampling/sampling_logp_difference/max": float(difference.max()),
+    }
+
+
+def explained_variance(value: Tensor, return_: Tensor, weight: Tensor) -> float:
+    """1 − Var(return − value) / Var(return) over action tokens; 0 when all returns are equal."""
+    total = float(weight.sum())
+
+    def variance(x: Tensor) -> float:
+        mean = (weight * x).sum() / total
+        return float((weight * (x - mean) ** 2).sum() / total)
+
+    spread = variance(return_)
+    return 1 - variance(return_ - value) / spread if spread > 0 else 0.0
+
+
+def _mean(value: Tensor, rows: Tensor) -> float:
+    return float(value[rows].mean()) if bool(rows.any()) else 0.0
+
+
+def _average(learned: list[dict[str, float]], name: str) -> float:
+    return sum(m[name] for m in learned) / len(learned)
+
+
+def main(cfg: Config, run: Run) -> dict[str, object]:
+    """Load the reference, the reward and the prompts, train, save the policy to `model/` in the run folder."""
+    reference = catalog.load(cfg.model).freeze()
+    reward = rewards.load(cfg.reward, reference)
+    task = tasks.load(cfg.task, reference)
+    if isinstance(reward, RewardModel):
+        critic = reward.critic(cfg.critic_train)
+    else:  # no reward model to start from: a value head of zeros on the reference's own body
+        critic = Critic(reference.backbone.twin(cfg.critic_train))
+    policy, figures = train(cfg, reference, critic, reward, task, run)
+    policy.save(run.folder / "model")
+    return {**figures, "model": str(Path(run.folder) / "model"), "fingerprint": policy.fingerprint()}

@@ -1,0 +1,123 @@
+"""Reward modelling: inverse reinforcement learning from comparisons.
+
+    min_φ  − E log σ( r_φ(x, y_chosen) − r_φ(x, y_rejected) − m )  +  c · ( r_φ(x, y_chosen) + r_φ(x, y_rejected) )²
+
+The reward that explains the preferences is a proxy of expensive feedback: it can be asked as often as one likes, and it is wrong
+where the policy goes that the comparisons did not.
+
+Source: Bradley & Terry 1952; Ouyang et al. 2022, eq. 1; margin: Touvron et al. 2023 (Llama 2), eq. 2; centring: Eisenstein et al. 2023.
+Differs: the score is read at the last real token, found by position; scores are normalised once, after training, on given samples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokenmdp import stats
+from tokenmdp.functional import preference, weights
+from tokenmdp.learner import Learner
+from tokenmdp.models import catalog
+from tokenmdp.models.parts import split
+from tokenmdp.models.policy import Policy
+from tokenmdp.rewards.reward_model import RewardModel
+from tokenmdp.run import Run
+from tokenmdp.tasks import data
+from tokenmdp.types import Batch, Pairs
+
+SETTING = "preference_rl"
+
+
+@dataclass(frozen=True)
+class Config:
+    model: str = "smollm2-135m-instruct"  # the body the reward head sits on: best the SFT model
+    data: str = "preferences.jsonl"  # prompt, chosen, rejected (or hh-rlhf transcripts): a file or a hub id
+    epochs: int = 1  # passes over the pairs; more than one overfits soon
+    rows: int = 16  # pairs a step
+    learning_rate: float = 5e-5  # highest; decays linearly to 0
+    warmup: int = 3  # steps over which the rate rises
+    train: str = "all"  # all | top-N blocks | lora-R rank
+    centring: float = 0.01  # c, weight of the squared sum of a pair's scores
+    margin: bool = False  # demand the data's margin between chosen and rejected
+    held_out: float = 0.1  # share of the pairs never trained on
+    max_tokens: int = 512  # longer responses are cut there
+    micro_tokens: int = 2048  # padded positions in a micro-batch; changes memory, never the gradient
+
+
+def train(
+    cfg: Config, policy: Policy, pairs: Pairs, held_out: Pairs, run: Run
+) -> tuple[RewardModel, dict[str, object]]:
+    """Fit the reward to the pairs; returns it, normalised on the held-out responses, with its held-out figures."""
+    reward = RewardModel.from_policy(policy, cfg.train, run.rng)
+    per_epoch = -(-len(pairs) // cfg.rows)
+    steps = cfg.epochs * per_epoch
+    learner = Learner(
+        reward,
+        cfg.learning_rate,
+        steps=steps,
+        warmup=min(cfg.warmup, steps),
+        schedule="linear",
+        tokens=cfg.micro_tokens,
+    )
+
+    def loss(part: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
+        # One pass over both sides: a pair's sides share a micro-batch.
+        score = reward.last(Batch.concat([part.chosen, part.rejected]))
+        chosen, rejected = score.split(len(part))
+        value = preference.bradley_terry(chosen, rejected, part.margin if cfg.margin else torch.zeros_like(chosen))
+        value = value + cfg.centring * preference.centring(chosen, rejected)
+        return value, {
+            "rewards/accuracies": (chosen > rejected).float(),
+            "rewards/margins": chosen - rejected,
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+        }
+
+    for step in run.steps(steps, learner, title="reward model"):
+        epoch, at = divmod(step, per_epoch)
+        # An epoch's order depends on the seed and the epoch alone, so a resumed run draws the same one.
+        shuffled = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(run.seed * 1_000_003 + epoch))
+        part = pairs.select(shuffled[at * cfg.rows : (at + 1) * cfg.rows])
+        metrics = learner.step(loss, part, weights.per_row(len(part)))
+        run.log(step, metrics, headline=("loss", "rewards/accuracies"))
+    reward.backbone.freeze()
+    reward.normalise(Batch.concat([held_out.chosen, held_out.rejected]))
+    return reward, judge(reward, held_out)
+
+
+def judge(reward: RewardModel, pairs: Pairs) -> dict[str, object]:
+    """Held-out accuracy with its interval, calibration of σ(margin), and the correlation of score and length."""
+    chosen, rejected = reward(pairs.chosen), reward(pairs.rejected)
+    margin = (
+        chosen.value - rejected.value
+    ) * reward.scale  # the scale Bradley–Terry was fitted on: σ(margin) is a probability
+    right = (margin > 0).float() + 0.5 * (margin == 0).float()
+    accuracy, low, high = stats.wilson(float(right.sum()), len(pairs))
+    # Seen from a random side, so that both outcomes occur: side 1 is the chosen one for every second pair.
+    sign = torch.where(torch.arange(len(pairs)) % 2 == 0, 1.0, -1.0)
+    ece, table = stats.calibration(torch.sigmoid(margin * sign).numpy(), (sign > 0).numpy(), bins=10)
+    both = Batch.concat([pairs.chosen, pairs.rejected])
+    length = both.action.sum(-1).double()
+    correlation = stats.spearman(torch.cat([chosen.value, rejected.value]).double().numpy(), length.numpy())
+    return {
+        "accuracy": accuracy,
+        "low": low,
+        "high": high,
+        "n_pairs": len(pairs),
+        "ece": ece,
+        "calibration": table,
+        "length_correlation": correlation,
+    }
+
+
+def main(cfg: Config, run: Run) -> dict[str, object]:
+    """Load the body and the pairs, train, save the reward model to `model/` in the run folder."""
+    policy = catalog.load(cfg.model)
+    everything = data.pairs(data.rows(cfg.data), policy, cfg.max_tokens)
+    learned, kept = split(everything, cfg.held_out, run.rng)
+    run.note(f"{len(learned)} pairs, {len(kept)} held out; body {policy.name} {policy.fingerprint()}")
+    reward, figures = train(cfg, policy, learned, kept, run)
+    reward.save(run.folder / "model")
+    return {**figures, "model": str(run.folder / "model")}

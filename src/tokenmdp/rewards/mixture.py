@@ -1,0 +1,78 @@
+"""Several rewards as one: their weighted sum."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tokenmdp.functional import credit
+from tokenmdp.types import Batch, Reward, Score
+
+
+class Mixture:
+    """Judges a batch by a weighted sum of rewards.
+
+        score = Σ_k w_k · score_k
+
+    A response has a verdict only if every part gave one. Where some part gives rewards a token, the others' scores join
+    them on the last action token, so nothing is lost.
+
+    Args:
+        parts: weight (reward units of the mixture, one of the part's) and reward of each part.
+        name: for logs; the sum as written if not given.
+
+    Attributes:
+        parts: the mean score of each part over the last batch, of its own verdicts and unweighted, by the part's name.
+            A part without any verdict there is absent.
+
+    Raises:
+        ValueError: there is no part, or a weight is not finite.
+    """
+
+    def __init__(self, parts: Sequence[tuple[float, Reward]], name: str | None = None) -> None:
+        if not parts:
+            raise ValueError("a mixture of no rewards judges nothing; give at least one (weight, reward)")
+        bad = [f"{reward.name}: {weight}" for weight, reward in parts if not math.isfinite(weight)]
+        if bad:
+            raise ValueError(f"the weight of a reward must be a finite number, got {', '.join(bad)}")
+        self.weighted = tuple((float(weight), reward) for weight, reward in parts)
+        self.names = _apart([reward.name for _, reward in parts])
+        self.name = name or " + ".join(f"{w:g}*{n}" for (w, _), n in zip(self.weighted, self.names, strict=True))
+        self.parts: dict[str, float] = {}
+
+    def __call__(self, batch: Batch) -> Score:
+        """Scores of a batch; the means of its parts are left in `parts`."""
+        scores = [reward(batch) for _, reward in self.weighted]
+        self.parts = {
+            name: float(score.value[score.verdict].mean())
+            for name, score in zip(self.names, scores, strict=True)
+            if bool(score.verdict.any())
+        }
+        weights = [weight for weight, _ in self.weighted]
+        verdict = torch.stack([score.verdict for score in scores]).all(0)
+        value = sum((w * s.value for w, s in zip(weights, scores, strict=True)), torch.zeros_like(scores[0].value))
+        value = torch.where(verdict, value, torch.zeros_like(value))
+        if all(score.token is None for score in scores):
+            return Score(value, verdict)
+        token = torch.zeros(batch.tokens.shape, dtype=value.dtype, device=value.device)
+        for weight, score in zip(weights, scores, strict=True):
+            token = token + weight * _by_token(score, batch)
+        return Score(value, verdict, torch.where(verdict[:, None], token, torch.zeros_like(token)))
+
+
+def _by_token(score: Score, batch: Batch) -> Tensor:
+    """[B, L] a part's token rewards; a score without them stands on the last action token."""
+    return credit.last(score.value, batch.action) if score.token is None else score.token
+
+
+def _apart(names: Sequence[str]) -> list[str]:
+    """Names told apart where two are equal: a, a → a, a_2."""
+    seen: dict[str, int] = {}
+    out = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        out.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
+    return out

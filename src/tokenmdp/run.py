@@ -1,0 +1,706 @@
+"""A run folder: everything a run leaves behind, and exact resume.
+
+    config.json     the resolved config, the seed, versions, threads, the command line
+    metrics.jsonl   one object a step; follows from config, seed and threads alone, so two runs compare byte by byte
+    times.jsonl     the wall-clock that belongs to each line of metrics.jsonl
+    samples.jsonl   and whatever else `Run.append` wrote
+    checkpoints/    step-000040.safetensors (40 steps done) with its step-000040.sha256, the newest few
+    log.txt         what the run said, with the time of day
+    result.json     written last: a run is finished when it is there
+    NAME/           a stage of the run: the same again
+
+Why resume is exact: a run is a program that follows from its seed, so on resume it simply starts again. What comes
+before `Run.steps` is repeated with the same outcome, and the lines it appends are dropped because the files hold them
+already; then `Run.steps` puts back the states, every random stream and the length of every file as they were at the
+newest whole checkpoint, and goes on. A run killed at any moment loses the steps since then, and takes them again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import random
+import re
+import shutil
+import sys
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import numpy
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+DASHBOARDS = ("tensorboard", "wandb", "trackio")
+Sink = Callable[[str, int, Mapping[str, float]], None]
+
+
+class RunExists(FileExistsError):
+    """The folder already holds something that a new run must not silently destroy."""
+
+
+class Stateful(Protocol):
+    """What `Run.steps` can save and put back: a learner, a controller, a cursor into the data."""
+
+    def tensors(self) -> Mapping[str, Tensor]: ...
+    def scalars(self) -> Mapping[str, Any]: ...
+    def restore(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None: ...
+
+
+# The screen -----------------------------------------------------------------------------------------------------------
+
+
+def clock(seconds: float) -> str:
+    """A duration as people read it: 0:07, 12:10, 1:02:03."""
+    minutes, second = divmod(max(0, round(seconds)), 60)
+    hour, minute = divmod(minutes, 60)
+    return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
+
+
+class Bar:
+    """One bar of the display: `advance` moves it; it goes when it is full or its `with` block ends."""
+
+    def __init__(self, screen: Screen, total: int, title: str, unit: str, done: int = 0) -> None:
+        self.total, self.title, self.unit, self.done, self.headline = total, title, unit, done, ""
+        self._screen, self._first, self._born, self._moved = screen, done, time.monotonic(), time.monotonic()
+
+    def __enter__(self) -> Self:
+        self._screen.add(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._screen.remove(self)
+
+    def advance(self, k: int = 1) -> None:
+        """Count `k` more units as done."""
+        self.done, self._moved = self.done + k, time.monotonic()
+        self._screen.moved(self)
+
+    def __str__(self) -> str:
+        parts = [f"{self.done}/{self.total} {self.unit}".rstrip()]
+        if self.done > self._first:
+            each = (self._moved - self._born) / (self.done - self._first)
+            parts.append(f"{clock(each * (self.total - self.done) - (time.monotonic() - self._moved))} left")
+        return "  ".join([*parts, self.headline] if self.headline else parts)
+
+
+class Screen:
+    """The bars of a run and its stages: live on a terminal, a plain line every 15 seconds elsewhere."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._bars: dict[Bar, TaskID] = {}
+        self._spoke = time.monotonic()
+        self._live = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(24),
+            TextColumn("{task.fields[bar]}", markup=False),
+            console=self._console,
+            transient=True,
+            refresh_per_second=2,
+            # A live display sends what is printed to its own stream, stderr: a piped stdout must stay as it is.
+            redirect_stdout=sys.stdout.isatty(),
+        )
+
+    def add(self, bar: Bar) -> None:
+        """Show a bar below those that are there."""
+        if bar not in self._bars:
+            self._bars[bar] = self._live.add_task(bar.title, total=bar.total, completed=bar.done, bar=bar)
+        if self._console.is_terminal:
+            self._live.start()
+
+    def moved(self, bar: Bar) -> None:
+        """Bring a bar up to date; one that is full goes."""
+        if bar.done >= bar.total:
+            self.remove(bar)
+            return
+        self.add(bar)
+        self._live.update(self._bars[bar], completed=bar.done)
+        if not self._console.is_terminal and time.monotonic() - self._spoke > 15.0:
+            self.say(" | ".join(f"{b.title}: {b}" for b in self._bars))
+
+    def remove(self, bar: Bar) -> None:
+        """Take a bar away; the display ends with its last bar."""
+        if (task := self._bars.pop(bar, None)) is not None:
+            self._live.remove_task(task)
+        if not self._bars:
+            self._live.stop()
+
+    def say(self, text: str) -> None:
+        """Print a line above the bars, as it is."""
+        self._spoke = time.monotonic()
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Take every bar away."""
+        for bar in list(self._bars):
+            self.remove(bar)
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _writing(path: Path, needed: int, kept: str = "") -> Iterator[None]:
+    """Turn a failure to write `needed` bytes to `path` into a message that says where, how much, and what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as fault:
+        free = shutil.disk_usage(path.parent).free
+        raise OSError(
+            f"cannot write {path.name} in {path.parent}: {getattr(fault, 'strerror', None) or fault}. It needs "
+            f"{needed / 1e6:,.3f} MB and {free / 1e6:,.3f} MB are free there. {kept}Make room, then go on with --resume"
+        ) from fault
+
+
+def _settle(temp: Path, path: Path) -> None:
+    """Give a finished temporary file its name, such that after a power cut either the old or the new file is there."""
+    with open(temp, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temp, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a small file whole or not at all."""
+    temp = path.with_name(f".{path.name}.tmp")
+    with _writing(path, len(data)):
+        try:
+            temp.write_bytes(data)
+            _settle(temp, path)
+        finally:
+            temp.unlink(missing_ok=True)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no word for: paths, tensors and arrays."""
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Tensor | numpy.ndarray | numpy.generic):
+        return value.tolist()
+    raise TypeError(f"{value!r} of type {type(value).__name__} cannot be written as JSON")
+
+
+def _json(value: Mapping[str, Any], indent: int | None = 1, finite: bool = True) -> bytes:
+    return (json.dumps(value, indent=indent, allow_nan=not finite, ensure_ascii=False, default=_plain) + "\n").encode()
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _header(folder: Path) -> dict[str, Any] | None:
+    """What config.json says, or None where there is none of ours (a model's folder has a config.json too)."""
+    try:
+        found = json.loads((folder / "config.json").read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return found if isinstance(found, dict) and {"config", "seed", "stage", "files"} <= found.keys() else None
+
+
+def _clear(folder: Path, header: Mapping[str, Any]) -> None:
+    """Take away what a run and its stages wrote by themselves, and nothing else; config.json goes last."""
+    for inner in folder.iterdir():
+        if inner.is_dir() and (stage := _header(inner)) and stage["stage"]:
+            _clear(inner, stage)
+    for path in [*_checkpoint_files(folder), *folder.glob("tensorboard/events.*")]:
+        path.unlink()
+    for name in [*header["files"], "result.json", "log.txt", "config.json"]:
+        (folder / name).unlink(missing_ok=True)
+    for emptied in (folder / "checkpoints", folder / "tensorboard", folder):  # a folder with something else in it stays
+        with contextlib.suppress(OSError):
+            emptied.rmdir()
+
+
+def _checkpoint_files(folder: Path) -> list[Path]:
+    """Checkpoints, their hashes, and what a killed process left of either."""
+    ours = re.compile(r"\.?step-\d+\.(safetensors|sha256)(\.tmp)?")
+    return [path for path in folder.glob("checkpoints/*") if ours.fullmatch(path.name)]
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, newest first."""
+    whole = [path for path in _checkpoint_files(folder) if path.suffix == ".safetensors"]
+    return sorted(whole, key=lambda path: int(path.stem.removeprefix("step-")), reverse=True)
+
+
+def _about(path: Path) -> dict[str, str]:
+    """The header of a checkpoint: its step, the states' scalars, the lengths of the files."""
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
+
+
+def _fault(path: Path) -> str:
+    """Why a checkpoint cannot be used; empty when it is whole."""
+    seal = path.with_suffix(".sha256")
+    if not seal.exists():
+        return f"{seal.name} is missing"
+    if seal.read_text().split()[:1] != [_sha256(path)]:
+        return f"its bytes do not match {seal.name}: it is damaged or half written"
+    for name, size in json.loads(_about(path)["files"]).items():
+        file = path.parent.parent / name
+        if size and (not file.exists() or file.stat().st_size < size):
+            return f"{name} is shorter than it was at that step"
+    return ""
+
+
+# Chance ---------------------------------------------------------------------------------------------------------------
+
+
+def _number(seed: int, stage: str) -> int:
+    """A seed for one stage, the same on every machine; neighbouring seeds and names give unrelated streams."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{stage}".encode()).digest()[:8], "big") >> 1
+
+
+def _seed_the_global_streams(seed: int, stage: str) -> None:
+    """Model initialisation, dropout and users' code draw from these; ours draws from `Run.rng`."""
+    number = _number(seed, stage + "/global")
+    torch.manual_seed(number)
+    random.seed(number)
+    numpy.random.seed(number % 2**32)
+
+
+class _Chance:
+    """Every random stream a step may draw from, as one more state."""
+
+    def __init__(self, rng: torch.Generator) -> None:
+        self.rng = rng
+
+    def tensors(self) -> dict[str, Tensor]:
+        words = numpy.random.get_state(legacy=False)["state"]["key"].astype(numpy.int64)
+        found = {"run": self.rng.get_state(), "torch": torch.get_rng_state(), "numpy": torch.from_numpy(words)}
+        found["python"] = torch.tensor(random.getstate()[1])
+        if torch.cuda.is_available():
+            found |= {f"cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+        return found
+
+    def scalars(self) -> dict[str, Any]:
+        state = numpy.random.get_state(legacy=False)
+        return {"python": random.getstate()[2], "numpy": [state["state"]["pos"], state["has_gauss"], state["gauss"]]}
+
+    def restore(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
+        self.rng.set_state(tensors["run"].clone())
+        torch.set_rng_state(tensors["torch"].clone())
+        random.setstate((3, tuple(tensors["python"].tolist()), scalars["python"]))
+        numpy.random.set_state(("MT19937", tensors["numpy"].numpy().astype(numpy.uint32), *scalars["numpy"]))
+        if torch.cuda.is_available() and "cuda0" in tensors:
+            torch.cuda.set_rng_state_all([tensors[f"cuda{i}"].clone() for i in range(torch.cuda.device_count())])
+
+
+# Dashboards -----------------------------------------------------------------------------------------------------------
+
+
+def _dashboard(name: str, folder: Path, label: str, config: dict[str, Any]) -> tuple[Sink, Callable[[], None]]:
+    """Open a dashboard by name: how to send it a step's metrics, and how to close it.
+
+    A stage's metrics carry its name in front, for every stage counts its steps from 0.
+    """
+    if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(folder / "tensorboard"))
+
+        def to_tensorboard(stage: str, step: int, metrics: Mapping[str, float]) -> None:
+            for key, value in metrics.items():
+                writer.add_scalar(stage + key, value, step)
+
+        return to_tensorboard, writer.close
+    board: Any = importlib.import_module(name)
+    if name == "wandb":
+        mode = os.environ.get("WANDB_MODE", "offline")  # nothing leaves the machine unless the user says so
+        board = board.init(project="tokenmdp", name=folder.name, id=label, dir=folder, config=config, mode=mode)
+
+        def to_wandb(stage: str, step: int, metrics: Mapping[str, float]) -> None:  # its own count may never go back
+            board.log({f"{stage}step": step, **{stage + key: value for key, value in metrics.items()}})
+
+        return to_wandb, board.finish
+    board.init(project="tokenmdp", name=f"{folder.name}-{label}", config=config, resume="allow", embed=False)
+
+    def to_trackio(stage: str, step: int, metrics: Mapping[str, float]) -> None:
+        board.log({stage + key: value for key, value in metrics.items()}, step=step)
+
+    return to_trackio, board.finish
+
+
+def _check_dashboards(names: Sequence[str]) -> None:
+    """Find out before anything is written whether the dashboards can be had."""
+    for name in names:
+        if name not in DASHBOARDS:
+            raise ValueError(f"no dashboard is called {name!r}: there are {', '.join(DASHBOARDS)}")
+        if importlib.util.find_spec(name) is None:
+            raise ImportError(f"--log {name} needs a package that is not installed: pip install {name}")
+
+
+# The run --------------------------------------------------------------------------------------------------------------
+
+
+def _differences(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The fields in which two configs differ, each with both values."""
+    found = []
+    for key in [*then, *(k for k in now if k not in then)]:
+        a, b = then.get(key, "absent"), now.get(key, "absent")
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"  {prefix}{key}: {a!r} there, {b!r} now")
+    return found
+
+
+class Run:
+    """A run, or one stage of it, and its folder. Use it in a `with` block, which closes what is open.
+
+    Attributes:
+        folder: where everything goes.
+        rng: the random stream of this run or stage; draw everything from it that should not depend on anything else.
+        seed, config: what the run follows from.
+    """
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], seed: int, stage: str, parent: Run | None) -> None:
+        self.folder, self.seed, self.config = folder, seed, json.loads(_json(config, finite=False))
+        self.rng = torch.Generator().manual_seed(_number(seed, stage))
+        self._name, self._prefix, self._parent = stage, f"{stage}/" if stage else "", parent
+        self._screen: Screen = parent._screen if parent else Screen()
+        self._boards: list[tuple[Sink, Callable[[], None]]] = parent._boards if parent else []
+        self._stages: dict[str, Run] = {}
+        self._bar: Bar | None = None
+        self._whole: list[Path] = []  # the checkpoints to trust, newest first
+        self._repeating = self._stepping = False
+        self._logged = time.monotonic()
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | Path,
+        config: Mapping[str, Any],
+        seed: int,
+        resume: bool = False,
+        overwrite: bool = False,
+        log: tuple[str, ...] = (),
+    ) -> Run:
+        """Open a folder for a new run, or to go on with the one it holds.
+
+        Args:
+            folder: created where it does not exist.
+            config: the resolved config; must go into JSON.
+            seed: every random stream follows from it; the global ones of torch, numpy and Python are seeded too.
+            resume: go on with the run in the folder; where there is none, begin one.
+            overwrite: take away what an earlier run wrote there (and nothing else) and begin anew.
+            log: dashboards besides the files: "tensorboard", "wandb" (offline unless WANDB_MODE says so), "trackio".
+
+        Raises:
+            RunExists: the folder holds a run and neither `resume` nor `overwrite` is given, or another process is
+                writing it, or it holds files that are no run's.
+            ValueError: the config or seed differs from that of the run to go on with.
+        """
+        if resume and overwrite:
+            raise ValueError("resume and overwrite contradict each other: go on with the run, or begin it anew")
+        _check_dashboards(log)
+        run = cls(Path(folder), config, seed, "", None)
+        old = _header(run.folder)
+        if old is None and run.folder.exists():
+            if not run.folder.is_dir() or any(not p.name.startswith(".") for p in run.folder.iterdir()):
+                raise RunExists(f"{folder} exists and is not a run's folder: choose another by --out")
+        elif old is not None and not (resume or overwrite):
+            raise RunExists(
+                f"{folder} already holds a run: --resume goes on with it, --overwrite begins it anew, "
+                "--out DIR puts this one elsewhere"
+            )
+        run.folder.mkdir(parents=True, exist_ok=True)
+        run._lock()
+        if old is not None and overwrite:
+            _clear(run.folder, old)
+            run.folder.mkdir(parents=True, exist_ok=True)
+            old = None
+        run._begin(old)
+        if resume and old is None:
+            run.note(f"nothing to go on with in {folder}: this run begins at the start")
+        try:
+            run._boards += [_dashboard(name, run.folder, run._header["id"], run.config) for name in log]
+        except BaseException:
+            run.__exit__(*sys.exc_info())
+            raise
+        return run
+
+    def _lock(self) -> None:
+        """Keep a second process out of the folder for as long as this one lives, however it ends."""
+        self._guard = (self.folder / ".lock").open("w")
+        try:
+            fcntl.lockf(self._guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as fault:
+            raise RunExists(
+                f"another process is still writing {self.folder}: wait for it, stop it, or use --out"
+            ) from fault
+
+    def _begin(self, old: dict[str, Any] | None) -> None:
+        """Write config.json, or compare with it and cut the files back to the newest whole checkpoint."""
+        versions = {name: metadata.version(name) for name in ("torch", "transformers", "numpy")}
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions["tokenmdp"] = metadata.version("tokenmdp")
+        versions["python"] = sys.version.split()[0]
+        new: dict[str, Any] = {
+            "config": self.config,
+            "seed": self.seed,
+            "stage": self._name,
+            "threads": torch.get_num_threads(),
+        }
+        new |= {"versions": versions, "command": sys.argv, "id": uuid.uuid4().hex[:8], "files": []}
+        self._header = new if old is None else old
+        _seed_the_global_streams(self.seed, self._name)
+        if old is None:
+            _write(self.folder / "config.json", _json(new, finite=False))
+            return
+        if wrong := _differences({**old["config"], "seed": old["seed"]}, {**self.config, "seed": self.seed}):
+            raise ValueError(
+                f"the run in {self.folder} was made with other settings; use its own, or another --out:\n"
+                + "\n".join(wrong)
+            )
+        same = ("threads", "versions")
+        if shifts := _differences({k: old[k] for k in same}, {k: new[k] for k in same}):
+            self.note(
+                "warning: the metrics may differ in their last bits from an unbroken run's:\n" + "\n".join(shifts)
+            )
+        if self.result() is None:
+            self._roll_back()
+
+    def _roll_back(self) -> None:
+        """Cut every file to its length at the newest whole checkpoint, or to nothing where there is none."""
+        found = _checkpoints(self.folder)
+        while found and (why := _fault(found[0])):
+            self.note(f"checkpoint {found.pop(0)} is skipped: {why}")
+            if not found:
+                self.note(f"no whole checkpoint in {self.folder}: it begins at the start")
+        self._whole, self._repeating = found, bool(found)
+        for path in _checkpoint_files(self.folder):
+            if path.suffix == ".tmp":
+                path.unlink()
+        sizes = json.loads(_about(found[0])["files"]) if found else {}
+        for name in self._header["files"]:
+            if (self.folder / name).exists():
+                os.truncate(self.folder / name, sizes.get(name, 0))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+        if fault is None:
+            return
+        with contextlib.suppress(OSError):  # a full disk must not hide the fault itself
+            if {path.name for path in self.folder.iterdir()} <= {"config.json", "log.txt", ".lock"}:
+                _clear(self.folder, self._header)  # it broke before it wrote anything: the next attempt finds no run
+            else:
+                self._scribble("".join(traceback.format_exception(fault)))
+
+    def close(self) -> None:
+        """Take down the display and close the dashboards."""
+        if self._parent is None:
+            self._screen.close()
+            while self._boards:
+                self._boards.pop()[1]()
+
+    def stage(self, name: str, config: Mapping[str, Any] | None = None) -> Run:
+        """A part of the run with its own folder, random stream, metrics, checkpoints and result.
+
+            warm = run.stage("sft")
+            done = warm.result() or warm.finish(sft.main(cfg.sft, warm))
+
+        On resume a stage that was finished answers by `result()` and need not be taken again; one that was broken off
+        goes on. Asking twice for a stage gives the same one.
+        """
+        if not re.fullmatch(r"\w[\w.-]*", name) or name in ("checkpoints", "tensorboard", "wandb"):
+            raise ValueError(f"a stage cannot be called {name!r}: use letters, digits, '_', '-' and '.'")
+        if name not in self._stages:
+            stage = Run(self.folder / name, config or {}, self.seed, self._prefix + name, self)
+            stage.folder.mkdir(exist_ok=True)
+            stage._begin(_header(stage.folder))
+            if stage.result() is not None:
+                _seed_the_global_streams(self.seed, stage._prefix + "finished")
+            self._stages[name] = stage
+        return self._stages[name]
+
+    def steps(self, n: int, *state: Stateful, title: str, every_seconds: float = 60.0, keep: int = 2) -> Iterator[int]:
+        """The steps 0 … n−1 that are still to be taken, under a bar with the time left.
+
+        Puts `state` back from the newest whole checkpoint; writes one after a step once `every_seconds` have passed
+        since the last, and after step n−1. An exception in the loop leaves the last checkpoint as it is.
+
+        Args:
+            n: how many steps there are in all.
+            state: everything that a step changes and the next step reads, besides the random streams.
+            title: names the bar.
+            every_seconds: the least time between two checkpoints; 0 writes one after every step. Where writing is slow
+                they come further apart, so that no more than about a twentieth of the time goes into them.
+            keep: how many checkpoints stay.
+
+        Raises:
+            ValueError: called twice on one run: give the second loop a stage of its own.
+            OSError: a checkpoint cannot be written; the one before is kept.
+        """
+        if self._stepping:
+            raise ValueError(f"{title}: this run has had its loop; give a second one its own folder by run.stage(NAME)")
+        self._stepping = True
+        parts = (*state, _Chance(self.rng))
+        start = self._load(self._whole[0], parts, title) if self._whole else 0
+        self._repeating = False
+        saved = self._logged = born = time.monotonic()
+        wait = every_seconds
+        with Bar(self._screen, n, title, "steps", start) as self._bar:
+            for step in range(start, n):
+                yield step
+                self._bar.advance()
+                begun = time.monotonic()
+                if step == n - 1 or begun - saved >= wait:
+                    self._save(step + 1, parts, keep)
+                    saved = time.monotonic()
+                    wait = max(every_seconds, 20 * (saved - begun)) if every_seconds else 0.0
+        self.note(f"{title}: {n} steps done, {n - start} of them in {clock(time.monotonic() - born)}")
+
+    def _load(self, path: Path, parts: Sequence[Stateful], title: str) -> int:
+        about = _about(path)
+        scalars = json.loads(about["scalars"])
+        if len(scalars) != len(parts):
+            raise ValueError(
+                f"{path} holds {len(scalars) - 1} states and {title} has {len(parts) - 1}: not the same recipe"
+            )
+        tensors = load_file(path)
+        for i, part in enumerate(parts):
+            mine = f"{i}/"
+            part.restore({n.removeprefix(mine): t for n, t in tensors.items() if n.startswith(mine)}, scalars[i])
+        self.note(f"{title}: goes on after {about['step']} steps, from {path}")
+        return int(about["step"])
+
+    def _save(self, step: int, parts: Sequence[Stateful], keep: int) -> None:
+        """One file for the whole state, whole or not at all; then the checkpoints beyond the newest `keep` go."""
+        path = self.folder / "checkpoints" / f"step-{step:06}.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        tensors, storages = {}, set()
+        for i, part in enumerate(parts):
+            for name, tensor in part.tensors().items():
+                own = tensor.detach().cpu().contiguous()
+                if own.untyped_storage().data_ptr() in storages:  # the format refuses two views of one storage
+                    own = own.clone()
+                storages.add(own.untyped_storage().data_ptr())
+                tensors[f"{i}/{name}"] = own
+        sizes = {}
+        for name in self._header["files"]:
+            with open(self.folder / name, "ab") as file:
+                os.fsync(file.fileno())
+                sizes[name] = file.tell()
+        about = {
+            "step": str(step),
+            "files": json.dumps(sizes),
+            "scalars": json.dumps([part.scalars() for part in parts]),
+        }
+        self._seal(path, tensors, about)
+        self._whole = [path, *(p for p in self._whole if p != path)][: max(1, keep)]
+        kept = {whole.stem for whole in self._whole}
+        for stale in _checkpoint_files(self.folder):
+            if stale.stem not in kept:
+                stale.unlink()
+
+    def _seal(self, path: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
+        """The bytes first, then their hash, then the name: what bears the name has been whole."""
+        temp = path.with_name(f".{path.name}.tmp")
+        kept = f"The checkpoint before it, {self._whole[0].name}, is kept. " if self._whole else ""
+        needed = sum(t.numel() * t.element_size() for t in tensors.values()) + sum(map(len, about.values()))
+        with _writing(path, needed, kept):
+            try:
+                save_file(tensors, temp, metadata=about)
+                _write(path.with_suffix(".sha256"), f"{_sha256(temp)}  {path.name}\n".encode())
+                _settle(temp, path)
+            finally:
+                temp.unlink(missing_ok=True)
+
+    def log(self, step: int, metrics: Mapping[str, float], headline: Sequence[str] = ()) -> None:
+        """Append one line to metrics.jsonl, and its wall-clock to times.jsonl.
+
+        Args:
+            step: as `steps` counts, from 0.
+            metrics: finite numbers (floats, ints, tensors of one element).
+            headline: the names to show beside the bar.
+
+        Raises:
+            ValueError: a metric is not finite.
+        """
+        line = {name: v if type(v) is int else float(v) for name, v in metrics.items()}
+        for name, value in line.items():
+            if not math.isfinite(value) or name == "step":
+                raise ValueError(
+                    f"metric {name!r} of step {step} is {value}: only finite numbers, and no second 'step'"
+                )
+        now = time.monotonic()
+        self.append("metrics.jsonl", {"step": int(step), **line})
+        self.append(
+            "times.jsonl", {"step": int(step), "seconds": round(now - self._logged, 4), "at": round(time.time(), 3)}
+        )
+        self._logged = now
+        if self._bar is not None:
+            self._bar.headline = "  ".join(
+                f"{name.split('/')[-1]} {line[name]:.4g}" for name in headline if name in line
+            )
+        for send, _ in () if self._repeating else self._boards:
+            send(self._prefix, int(step), line)
+
+    def append(self, name: str, obj: Mapping[str, Any]) -> None:
+        """Append a JSON line to a file of the folder, such as samples.jsonl; resume cuts it as it cuts the metrics."""
+        if self._repeating:
+            return  # the file already holds this line: see the head of this module
+        if self.result() is not None:
+            raise ValueError(f"the run in {self.folder} is finished: {name} takes no more lines")
+        path = self.folder / name
+        if name not in self._header["files"]:
+            if path.exists() or path.name != name or path.suffix != ".jsonl":
+                raise ValueError(f"cannot begin {path}: it must be a new file in the run's folder, called *.jsonl")
+            self._header["files"].append(name)
+            _write(self.folder / "config.json", _json(self._header, finite=False))
+        data = _json(obj, indent=None)
+        with _writing(path, len(data)), open(path, "ab") as file:
+            file.write(data)
+
+    def progress(self, total: int, title: str, unit: str = "") -> Bar:
+        """A bar for work inside a step or beside the steps: `with run.progress(64, "sampling", "rows") as bar: ...`."""
+        return Bar(self._screen, total, title, unit)
+
+    def note(self, text: str) -> None:
+        """Say a line on the screen, and keep it in log.txt: which path ran, a hash, a warning."""
+        self._screen.say(text)
+        self._scribble(text + "\n")
+
+    def _scribble(self, text: str) -> None:
+        with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}")
+
+    def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
+        """Write result.json, which makes the run finished; gives back what `result()` will say."""
+        _write(self.folder / "result.json", _json(result))
+        if self._parent is not None:  # what follows must not depend on whether this stage ran now or before
+            _seed_the_global_streams(self.seed, self._prefix + "finished")
+        return dict(json.loads(_json(result)))
+
+    def result(self) -> dict[str, Any] | None:
+        """The result of a finished run, None before."""
+        try:
+            return dict(json.loads((self.folder / "result.json").read_bytes()))
+        except FileNotFoundError:
+            return None

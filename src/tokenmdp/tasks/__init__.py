@@ -1,0 +1,110 @@
+"""Tasks: where episodes start, and what is known about the right answer.
+
+A task is a file in this folder with a function `load(policy, **options) -> Task`; the command line finds it by its
+name. A path or a hub id is the task `prompts` on that source.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokenmdp.models.policy import Policy
+from tokenmdp.types import Batch, Prompt, Reward, Score
+
+_NOT_TASKS = {"__init__", "data", "formats"}
+
+
+@dataclass(frozen=True)
+class Task:
+    """Initial states and what judges the responses to them.
+
+    Attributes:
+        name: what tables call it.
+        train: prompts to learn on.
+        held_out: prompts to judge on; none of them is in `train`.
+        demonstrations: what a demonstrator did, where the task has one.
+        reward: the true reward, where the task knows it.
+        facts: figures worth printing, such as the accuracy of a gold reward.
+    """
+
+    name: str
+    train: tuple[Prompt, ...]
+    held_out: tuple[Prompt, ...] = ()
+    demonstrations: Batch | None = None
+    reward: Reward | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.train:
+            raise ValueError(
+                f"the task {self.name} has no prompts to learn on: its data is empty or all of it is held out"
+            )
+
+    def draw(self, k: int, rng: torch.Generator) -> list[Prompt]:
+        """`k` different training prompts at random; `rng` alone decides which.
+
+        Raises:
+            ValueError: k is below 1, or more than there are.
+        """
+        if not 1 <= k <= len(self.train):
+            raise ValueError(
+                f"asked for {k} prompts of the task {self.name}, which has {len(self.train)}: ask for 1 to "
+                f"{len(self.train)}"
+            )
+        return [self.train[i] for i in torch.randperm(len(self.train), generator=rng)[:k].tolist()]
+
+
+class ExactAnswer:
+    """1 where the response, stripped of surrounding space, is the prompt's `answer` column, else 0."""
+
+    name = "exact_answer"
+
+    def __call__(self, batch: Batch) -> Score:
+        """[B] 0 or 1; a prompt without an answer gives no verdict."""
+        answers = [p.columns.get("answer") for p in batch.prompts]
+        right = [float(text.strip() == str(answer)) for text, answer in zip(batch.texts, answers, strict=True)]
+        verdict = torch.tensor([answer is not None for answer in answers], device=batch.tokens.device)
+        return Score(torch.where(verdict, torch.tensor(right, device=batch.tokens.device), 0.0), verdict)
+
+
+def names() -> list[str]:
+    """The tasks there are."""
+    return sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in _NOT_TASKS)
+
+
+def load(spec: str | Path, policy: Policy, **options: Any) -> Task:
+    """The task called `spec`, or the prompts in the file or hub data set `spec`, in the tokens of `policy`.
+
+    Raises:
+        ValueError: no such task or file, or an option the task does not have, each with a suggestion; or what the task
+            itself raises.
+    """
+    if str(spec) in names():
+        module = importlib.import_module(f"{__name__}.{spec}")
+    elif Path(spec).expanduser().exists() or "/" in str(spec) or "." in str(spec):
+        module = importlib.import_module(f"{__name__}.prompts")
+        options = {"source": spec, **options}
+    else:
+        near = difflib.get_close_matches(str(spec), names(), n=1)
+        guess = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(
+            f"there is no task {str(spec)!r}: {guess}a task is one of {', '.join(names())}, a data file or a hub id "
+            "owner/name"
+        )
+    known = [name for name in inspect.signature(module.load).parameters if name != "policy"]
+    for option in options:
+        if option not in known:
+            near = difflib.get_close_matches(option, known, n=1)
+            guess = f"did you mean {near[0]}? " if near else ""
+            raise ValueError(f"the task {spec} has no option {option!r}: {guess}it has {', '.join(known)}")
+    task = module.load(policy, **options)
+    assert isinstance(task, Task)
+    return task

@@ -1,0 +1,343 @@
+"""Users' data: rows from a file or the hub, and batches, prompts and pairs from rows.
+
+Files are read here, by line, so that an error names the line and a changed file is never answered from a cache; the hub
+is asked through `datasets`. What columns mean is in `formats`; this file gives them tokens.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import gzip
+import importlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, TypeVar, cast
+
+import torch
+
+from tokenmdp.models.policy import Policy
+from tokenmdp.tasks import formats
+from tokenmdp.tasks.formats import Content, Demonstration
+from tokenmdp.types import Batch, Pairs, Prompt
+
+Row = dict[str, Any]
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".json.gz", ".csv.gz")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+csv.field_size_limit(1 << 27)  # a cell may hold a whole document; Python's own limit is 128 kB
+
+# -- rows ----------------------------------------------------------------------------------------------------------
+
+
+def rows(source: str | Path, split: str = "train") -> list[Row]:
+    """The rows of a JSONL, JSON, CSV or Parquet file, of a folder's `{split}` file, or of a hub data set.
+
+    Args:
+        source: a path, or a hub id (`owner/name`, or `owner/name:configuration`).
+        split: of a folder or a hub data set; a single file has none.
+
+    Raises:
+        ValueError: nothing there, another format, a line that cannot be read, or no rows; with what was tried.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        path = _split_file(path, split)
+    if path.is_file():
+        found = _read(path)
+    elif _looks_like_hub_id(str(source)):
+        found = _from_hub(str(source), split)
+    else:
+        near = (
+            difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")], n=1)
+            if path.parent.is_dir()
+            else []
+        )
+        raise ValueError(
+            f"there is no data at {path.absolute()}" + (f"; did you mean {path.parent / near[0]}?" if near else "")
+        )
+    if not found:
+        raise ValueError(f"{source} has no rows: there is nothing to learn from")
+    return found
+
+
+def _looks_like_hub_id(source: str) -> bool:
+    """Whether to ask the hub: not for the name of a data file, not in a folder that exists here."""
+    owner = source.partition("/")[0] if "/" in source else ""
+    return bool(_HUB_ID.fullmatch(source)) and not source.endswith(SUFFIXES) and not (owner and Path(owner).is_dir())
+
+
+def _split_file(folder: Path, split: str) -> Path:
+    for suffix in SUFFIXES:
+        if (folder / f"{split}{suffix}").is_file():
+            return folder / f"{split}{suffix}"
+    has = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+    raise ValueError(f"{folder} has no file {split}.jsonl (or .json, .csv, .parquet); it has {has}")
+
+
+def _read(path: Path) -> list[Row]:
+    kind = path.name.removesuffix(".gz").rpartition(".")[2].lower()
+    if kind == "parquet":
+        return _parquet(path)
+    if kind not in ("jsonl", "json", "csv"):
+        raise ValueError(f"{path} is of a kind that is not read here; a data file ends in one of {', '.join(SUFFIXES)}")
+    try:
+        with _open(path) as file:
+            if kind == "csv":
+                return _csv(path, file)
+            return list(_lines(path, file)) if kind == "jsonl" else _json(path, file.read())
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, csv.Error) as error:
+        raise ValueError(f"{path} cannot be read as UTF-8 {kind} ({error}): save it as such") from error
+
+
+def _open(path: Path) -> IO[str]:
+    # utf-8-sig: files from spreadsheets begin with a mark that would become part of the first column's name
+    if path.suffix == ".gz":
+        return cast(IO[str], gzip.open(path, "rt", encoding="utf-8-sig", newline=""))
+    return path.open(encoding="utf-8-sig", newline="")
+
+
+def _lines(path: Path, file: IO[str] | Sequence[str]) -> Iterator[Row]:
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            yield _object(path, f"line {number}", line)
+
+
+def _object(path: Path, where: str, text: str) -> Row:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, {where}: not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}, {where}: {value!r:.60} is not a row; a row is an object of columns")
+    return value
+
+
+def _json(path: Path, text: str) -> list[Row]:
+    """A list of rows; or rows line by line, as many files called .json are."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        return list(_lines(path, text.split("\n")))
+    if isinstance(value, dict):
+        return [value]
+    if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
+        raise ValueError(f"{path} holds {type(value).__name__}; it must be a list of rows, each an object of columns")
+    return value
+
+
+def _csv(path: Path, file: IO[str]) -> list[Row]:
+    reader = csv.DictReader(file, strict=True)
+    found: list[Row] = []
+    for row in reader:
+        if None in row or None in row.values():
+            raise ValueError(
+                f"{path}, line {reader.line_num}: not as many cells as the {len(reader.fieldnames or [])} columns of "
+                "the header"
+            )
+        found.append(dict(row))
+    return found
+
+
+def _parquet(path: Path) -> list[Row]:
+    parquet: Any = importlib.import_module("pyarrow.parquet")  # slow to import, and has no types
+    try:
+        return cast(list[Row], parquet.read_table(path).to_pylist())
+    except (ValueError, OSError) as error:  # pyarrow's own errors are these
+        raise ValueError(f"{path} is not a whole Parquet file ({error})") from error
+
+
+def _from_hub(name: str, split: str) -> list[Row]:
+    import datasets
+
+    owner, _, configuration = name.partition(":")
+    try:
+        return [dict(row) for row in datasets.load_dataset(owner, configuration or None, split=split)]
+    except (
+        Exception
+    ) as error:  # no network, no such name, split or configuration: many kinds, and the message tells them apart
+        raise ValueError(
+            f"{name!r} is no file or folder here, and as a hub data set it could not be read (split {split!r}): "
+            f"{error}. A configuration is given as owner/name:configuration"
+        ) from error
+
+
+# -- tokens --------------------------------------------------------------------------------------------------------
+
+
+def prompts(rows: Sequence[Mapping[str, Any]], policy: Policy) -> list[Prompt]:
+    """A prompt a row, in order; a row's other columns go with it.
+
+    Raises:
+        ValueError: a row without a prompt (naming its columns), messages for a tokenizer without a chat template, or a
+            prompt that leaves no room in the context.
+    """
+    _some(rows)
+    found = []
+    for index, row in enumerate(rows):
+        content, columns = formats.prompt(row, index)
+        found.append(policy.prompt(content, index, columns))
+    return found
+
+
+def demonstrations(rows: Sequence[Mapping[str, Any]], policy: Policy, max_tokens: int | None = None) -> Batch:
+    """A demonstration a row: the prompt is the state, what was said the actions, with the end-of-text token last.
+
+    Plain `text` has no prompt: its state is the token the tokenizer itself begins a text with, else the text's first
+    token.
+
+    Args:
+        max_tokens: longer responses are cut there; they then have no end-of-text token and `ended` is False.
+
+    Raises:
+        ValueError: as `prompts`; or prompt and response together exceed the context.
+    """
+    return _batch(rows, formats.demonstration, policy, max_tokens)
+
+
+def labelled(rows: Sequence[Mapping[str, Any]], policy: Policy, max_tokens: int | None = None) -> Batch:
+    """As `demonstrations`, of completions that were found good or bad: `prompts[i].columns["label"]` is a bool.
+
+    Raises:
+        ValueError: as `demonstrations`.
+    """
+    return _batch(rows, formats.labelled, policy, max_tokens)
+
+
+def pairs(rows: Sequence[Mapping[str, Any]], policy: Policy, max_tokens: int | None = None) -> Pairs:
+    """A preference a row, both responses ending in the end-of-text token; `margin` where the data has that column.
+
+    Args:
+        max_tokens: longer responses are cut there, and then do not end.
+
+    Raises:
+        ValueError: as `demonstrations`.
+    """
+    _some(rows)
+    chosen, rejected, margins = _Rows(policy, max_tokens), _Rows(policy, max_tokens), []
+    for index, row in enumerate(rows):
+        found = formats.preference(row, index)
+        prompt = policy.prompt(found.prompt, index, found.columns)
+        chosen.add(prompt, found.prompt, found.chosen)
+        rejected.add(prompt, found.prompt, found.rejected)
+        margins.append(found.margin)
+    return Pairs(chosen.batch(), rejected.batch(), torch.tensor(margins))
+
+
+def _batch(
+    rows: Sequence[Mapping[str, Any]],
+    read: Callable[[Mapping[str, Any], int], Demonstration],
+    policy: Policy,
+    max_tokens: int | None,
+) -> Batch:
+    _some(rows)
+    built = _Rows(policy, max_tokens)
+    for index, row in enumerate(rows):
+        found = read(row, index)
+        if found.prompt is None:
+            built.add_text(str(found.completion), index, found.columns)
+        else:
+            built.add(policy.prompt(found.prompt, index, found.columns), found.prompt, found.completion)
+    return built.batch()
+
+
+class _Rows:
+    """Prompts and responses on their way into a batch."""
+
+    def __init__(self, policy: Policy, max_tokens: int | None) -> None:
+        if max_tokens is not None and max_tokens < 1:
+            raise ValueError(f"max_tokens is {max_tokens}; a response needs room for at least 1 token")
+        self.policy, self.max_tokens = policy, max_tokens
+        self.prompts: list[Prompt] = []
+        self.responses: list[list[int]] = []
+        self.ended: list[bool] = []
+
+    def add(self, prompt: Prompt, asked: Content, answer: Content) -> None:
+        """Add a reply to a prompt."""
+        if isinstance(answer, str):
+            self._append(prompt, [*self._after(prompt, answer), self.policy.eos_ids[0]])
+            return
+        assert isinstance(asked, list), "formats gives a message for messages only"
+        template = self.policy.tokenizer.apply_chat_template
+        whole = str(template([*asked, *answer], tokenize=False))
+        if not whole.startswith(prompt.text):
+            raise ValueError(
+                f"row {prompt.row}: the chat template of {self.policy.name} writes a conversation differently once "
+                "it has a reply, so the reply's tokens cannot be told from the prompt's: give prompt and completion "
+                "as text"
+            )
+        ids = self._after(prompt, whole[len(prompt.text) :])
+        ends = [at for at, token in enumerate(ids) if token in self.policy.eos_ids]
+        # What a template writes after the end (a newline, mostly) is no action: the episode is over.
+        self._append(prompt, ids[: ends[-1] + 1] if ends else [*ids, self.policy.eos_ids[0]])
+
+    def add_text(self, text: str, row: int, columns: Mapping[str, Any]) -> None:
+        """Add plain text."""
+        ids = list(self.policy.tokenizer(text)["input_ids"])
+        if ids and ids[-1] in self.policy.eos_ids:  # some tokenizers add it by themselves
+            ids = ids[:-1]
+        first = ids[:1] or [self.policy.eos_ids[0]]
+        self._append(
+            Prompt(tuple(first), self.policy.decode(first), row, dict(columns)), [*ids[1:], self.policy.eos_ids[0]]
+        )
+
+    def _after(self, prompt: Prompt, text: str) -> list[int]:
+        """The tokens of a text after a prompt: as both are written together, if the prompt's tokens stay the same."""
+        whole = self.policy.encode(prompt.text + text)
+        if tuple(whole[: len(prompt.ids)]) == prompt.ids:
+            return whole[len(prompt.ids) :]
+        return self.policy.encode(text)
+
+    def _append(self, prompt: Prompt, response: list[int]) -> None:
+        whole = self.max_tokens is None or len(response) <= self.max_tokens
+        kept = response if whole else response[: self.max_tokens]
+        if len(prompt.ids) + len(kept) > self.policy.context:
+            raise ValueError(
+                f"row {prompt.row} has {len(prompt.ids)} prompt and {len(kept)} response tokens, the context of "
+                f"{self.policy.name} is {self.policy.context}: set max_tokens to at most "
+                f"{self.policy.context - len(prompt.ids)}, or drop the row"
+            )
+        self.prompts.append(prompt)
+        self.responses.append(kept)
+        self.ended.append(whole)
+
+    def batch(self) -> Batch:
+        texts = [self.policy.response_text(p.ids, r) for p, r in zip(self.prompts, self.responses, strict=True)]
+        return Batch.build(self.prompts, self.responses, texts=texts, ended=self.ended, pad=self.policy.eos_ids[0])
+
+
+def _some(rows: Sequence[Mapping[str, Any]]) -> None:
+    if not rows:
+        raise ValueError("there are no rows: the data is empty, or a filter left nothing")
+
+
+Part = TypeVar("Part", Batch, Pairs)
+
+
+def split(data: Part, share: float, rng: torch.Generator) -> tuple[Part, Part]:
+    """Two disjoint parts at random, in the data's order: what is learned from, and the `share` that is held out.
+
+    Pairs with the same prompt stay on one side, so that a held-out comparison never has its prompt in training.
+
+    Raises:
+        ValueError: a share outside (0, 1), or too few rows for two parts.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"the held-out share is {share}; it must lie between 0 and 1, such as 0.05")
+    keys = _keys(data)
+    distinct = list(dict.fromkeys(keys))
+    if len(distinct) < 2:
+        raise ValueError(
+            f"{len(data)} rows with {len(distinct)} different prompts cannot be split in two: give more data"
+        )
+    count = min(max(1, round(share * len(distinct))), len(distinct) - 1)
+    chosen = {distinct[i] for i in torch.randperm(len(distinct), generator=rng)[:count].tolist()}
+    learned = [i for i, key in enumerate(keys) if key not in chosen]
+    kept = [i for i, key in enumerate(keys) if key in chosen]
+    return data.select(learned), data.select(kept)
+
+
+def _keys(data: Batch | Pairs) -> list[tuple[int, ...]]:
+    """What stays together: pairs, by their prompt. Rows of text may share a one-token state, which is no leak."""
+    return [p.ids for p in data.chosen.prompts] if isinstance(data, Pairs) else [(i,) for i in range(len(data))]

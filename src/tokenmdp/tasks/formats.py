@@ -1,0 +1,253 @@
+"""The column formats people's data already has, turned into typed rows.
+
+    demonstrations    text | messages | prompt, completion | question, answer
+    prompts           prompt | question | query | messages | chosen, rejected
+    preferences       prompt, chosen, rejected | chosen, rejected           (two chats, or two hh-rlhf transcripts)
+    labelled          prompt, completion, label
+
+A prompt, a completion, chosen and rejected are strings or lists of chat messages `{"role": ..., "content": ...}`. A
+column that is null counts as absent. Nothing here knows a tokenizer: see `data` for that.
+
+Source: the formats of TRL's documentation ("Dataset formats and types"), of Anthropic's hh-rlhf and of GSM8K.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Message = dict[str, str]
+Content = str | list[Message]
+
+TURN = "\n\nAssistant:"  # what opens a reply in an hh-rlhf transcript
+_TRUE, _FALSE = {"true", "1", "1.0", "yes"}, {"false", "0", "0.0", "no"}
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """What a demonstrator said.
+
+    Attributes:
+        prompt: what it answered; None for plain text, where the text itself is what was said.
+        completion: what it said; a list holds one assistant message.
+        columns: the row's other columns.
+    """
+
+    prompt: Content | None
+    completion: Content
+    columns: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Two answers to one prompt, of which `chosen` was preferred, by `margin` reward units where the data says so."""
+
+    prompt: Content
+    chosen: Content
+    rejected: Content
+    margin: float
+    columns: Mapping[str, Any]
+
+
+def demonstration(row: Mapping[str, Any], index: int) -> Demonstration:
+    """A row as a demonstration.
+
+    Raises:
+        ValueError: naming the row, what it has and what is needed.
+    """
+    if _has(row, "prompt", "completion"):
+        prompt, completion = _content(row, "prompt", index), _content(row, "completion", index)
+        return Demonstration(
+            prompt, _reply(completion, "completion", prompt, index), _rest(row, "prompt", "completion")
+        )
+    if _has(row, "question", "answer"):
+        return Demonstration(_text(row, "question", index), _text(row, "answer", index), _rest(row, "question"))
+    if _has(row, "messages"):
+        messages = _messages(row, "messages", index)
+        if messages[-1]["role"] != "assistant" or len(messages) < 2:
+            raise ValueError(
+                f"row {index}: messages end with {messages[-1]['role']!r}; a demonstration is an assistant's reply "
+                "to others"
+            )
+        return Demonstration(messages[:-1], messages[-1:], _rest(row, "messages"))
+    if _has(row, "text"):
+        return Demonstration(None, _text(row, "text", index), _rest(row, "text"))
+    raise _missing(row, index, "a demonstration", "text | messages | prompt, completion | question, answer")
+
+
+def prompt(row: Mapping[str, Any], index: int) -> tuple[Content, dict[str, Any]]:
+    """A row's prompt, and its other columns.
+
+    Raises:
+        ValueError: naming the row, what it has and what is needed.
+    """
+    for column in ("prompt", "question", "query"):
+        if _has(row, column):
+            return _content(row, column, index), _rest(row, column)
+    if _has(row, "messages"):
+        messages = _messages(row, "messages", index)
+        asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        if not asked:
+            raise ValueError(
+                f"row {index}: messages hold nothing but an assistant's reply; a prompt is what it replies to"
+            )
+        return asked, _rest(row, "messages")
+    if _has(row, "chosen", "rejected"):
+        found = preference(row, index)
+        return found.prompt, dict(found.columns)
+    raise _missing(row, index, "a prompt", "prompt | question | query | messages | chosen, rejected")
+
+
+def preference(row: Mapping[str, Any], index: int) -> Preference:
+    """A row as a preference; without a prompt column it is what the two transcripts or chats begin with in common.
+
+    Raises:
+        ValueError: naming the row, what it has and what is needed; or two transcripts that begin differently.
+    """
+    if not _has(row, "chosen", "rejected"):
+        raise _missing(row, index, "a preference", "prompt, chosen, rejected | chosen, rejected")
+    chosen, rejected = _content(row, "chosen", index), _content(row, "rejected", index)
+    asked: Content
+    if _has(row, "prompt"):
+        asked = _content(row, "prompt", index)
+        chosen, rejected = _reply(chosen, "chosen", asked, index), _reply(rejected, "rejected", asked, index)
+    elif isinstance(chosen, str) and isinstance(rejected, str):
+        asked, chosen, rejected = _transcripts(chosen, rejected, index)
+    elif isinstance(chosen, list) and isinstance(rejected, list):
+        same = _shared(chosen, rejected)
+        asked = chosen[: min(same, len(chosen) - 1, len(rejected) - 1)]
+        if not asked:
+            raise ValueError(
+                f"row {index}: the chats in chosen and rejected have no first message in common, so there is no prompt"
+            )
+        chosen, rejected = (
+            _reply(chosen[len(asked) :], "chosen", asked, index),
+            _reply(rejected[len(asked) :], "rejected", asked, index),
+        )
+    else:
+        raise ValueError(
+            f"row {index}: chosen is {_kind(chosen)}, rejected is {_kind(rejected)}; both must be of one kind"
+        )
+    return Preference(asked, chosen, rejected, _margin(row, index), _rest(row, "prompt", "chosen", "rejected"))
+
+
+def labelled(row: Mapping[str, Any], index: int) -> Demonstration:
+    """A row with a completion that was found good or bad; `columns["label"]` of the result is a bool.
+
+    Raises:
+        ValueError: naming the row, what it has and what is needed.
+    """
+    if not _has(row, "prompt", "completion", "label"):
+        raise _missing(row, index, "a labelled completion", "prompt, completion, label")
+    word = str(row["label"]).strip().lower()
+    if word not in _TRUE | _FALSE:
+        raise ValueError(f"row {index}: label is {row['label']!r}; it must be true or false, 1 or 0")
+    found = demonstration(row, index)
+    return Demonstration(found.prompt, found.completion, {**found.columns, "label": word in _TRUE})
+
+
+def _transcripts(chosen: str, rejected: str, index: int) -> tuple[str, str, str]:
+    """hh-rlhf: the prompt is everything up to the last reply that both begin together."""
+    at = chosen.rfind(TURN, 0, _shared(chosen, rejected))
+    if at < 0:
+        raise ValueError(
+            f"row {index}: chosen and rejected have no {TURN!r} in the part they share, so where the prompt ends is "
+            "unknown: add a prompt column"
+        )
+    end = at + len(TURN)
+    return chosen[:end], chosen[end:], rejected[end:]
+
+
+def _shared(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """How many characters, or messages, two texts or chats begin with in common."""
+    differ = (i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+    return next(differ, min(len(first), len(second)))
+
+
+def _margin(row: Mapping[str, Any], index: int) -> float:
+    value = row.get("margin")
+    if value is None:
+        return 0.0
+    try:
+        margin = float(value)
+    except (TypeError, ValueError):
+        margin = math.nan
+    if not math.isfinite(margin):
+        raise ValueError(f"row {index}: margin is {value!r}; it must be a finite number of reward units")
+    return margin
+
+
+def _reply(value: Content, column: str, asked: Content, index: int) -> Content:
+    """An answer of the same kind as its prompt: text to text, one assistant message to messages."""
+    if isinstance(value, str) and isinstance(asked, list):
+        return [{"role": "assistant", "content": value}]
+    if isinstance(value, list):
+        if isinstance(asked, str):
+            raise ValueError(
+                f"row {index}: {column} is chat messages but the prompt is text; give both as messages or both as text"
+            )
+        if len(value) != 1 or value[0]["role"] != "assistant":
+            roles = [message["role"] for message in value]
+            raise ValueError(
+                f"row {index}: {column} holds messages by {roles}; it must be one by the assistant: move the rest to "
+                "the prompt"
+            )
+    return value
+
+
+def _content(row: Mapping[str, Any], column: str, index: int) -> Content:
+    return _messages(row, column, index) if isinstance(row[column], list) else _text(row, column, index)
+
+
+def _text(row: Mapping[str, Any], column: str, index: int) -> str:
+    value = row[column]
+    if not isinstance(value, str):
+        raise ValueError(
+            f"row {index}: {column} is {_kind(value)} ({value!r:.60}); it must be text or a list of chat messages"
+        )
+    if not value:
+        raise ValueError(f"row {index}: {column} is empty; drop the row or fill it")
+    return value
+
+
+def _messages(row: Mapping[str, Any], column: str, index: int) -> list[Message]:
+    value = row[column]
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"row {index}: {column} is {value!r:.60}; it must be a list of at least one chat message")
+    for message in value:
+        if not isinstance(message, Mapping) or not all(
+            isinstance(message.get(key), str) for key in ("role", "content")
+        ):
+            raise ValueError(
+                f"row {index}: {column} holds {message!r:.80}; a message is {{'role': text, 'content': text}}"
+            )
+    return [{"role": message["role"], "content": message["content"]} for message in value]
+
+
+def _has(row: Mapping[str, Any], *columns: str) -> bool:
+    return all(row.get(column) is not None for column in columns)
+
+
+def _rest(row: Mapping[str, Any], *used: str) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in used}
+
+
+def _missing(row: Mapping[str, Any], index: int, what: str, accepted: str) -> ValueError:
+    present = ", ".join(name for name in row if row[name] is not None) or "no columns"
+    return ValueError(
+        f"row {index} has {present}; {what} needs one of: {accepted}. Rename the columns of your data to these"
+    )
+
+
+def _kind(value: Any) -> str:
+    names = {
+        "str": "text",
+        "list": "a list",
+        "int": "a number",
+        "float": "a number",
+        "dict": "an object",
+        "bool": "true or false",
+    }
+    return names.get(type(value).__name__, type(value).__name__)

@@ -1,0 +1,312 @@
+"""The statistics: numbers worked by hand, brute force, coverage on simulated data, and clear errors."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats as scipy_stats
+
+from tokenmdp.lab import stats
+
+# ------------------------------------------------------------------------------------------------ bootstrap
+
+
+def test_the_mean_and_the_difference_are_exact():
+    assert stats.bootstrap_mean([1.0, 2.0, 6.0]).mean == 3.0
+    # per-prompt means: a = 2, 5; b = 1, 1; differences 1 and 4, mean 2.5
+    assert stats.paired_bootstrap([[1.0, 3.0], [5.0, 5.0]], [[1.0, 0.0, 2.0], [1.0, 1.0, 1.0]]).mean == 2.5
+
+
+def test_two_prompts_by_hand():
+    # Of {0, 1} a resample's mean is 0, 1/2 or 1 (probability 1/4, 1/2, 1/4); the widened ends lie in both tails.
+    assert stats.bootstrap_mean([0.0, 1.0], seed=3) == stats.Interval(0.5, 0.0, 1.0)
+
+
+def test_the_interval_of_many_normal_values_is_the_textbooks():
+    x = np.random.default_rng(1).normal(3.0, 2.0, size=400)
+    mean, low, high = stats.bootstrap_mean(x, seed=5)
+    half = scipy_stats.t.ppf(0.975, 399) * x.std(ddof=1) / 20
+    assert mean == pytest.approx(x.mean())
+    assert low == pytest.approx(mean - half, abs=0.03 * half + 0.01)
+    assert high == pytest.approx(mean + half, abs=0.03 * half + 0.01)
+
+
+def test_close_to_scipys_bca_where_the_widening_is_small():
+    x = np.random.default_rng(2).exponential(size=300)
+    ours = stats.bootstrap_mean(x, resamples=4000, seed=1)
+    peer = scipy_stats.bootstrap((x,), np.mean, n_resamples=4000, method="BCa", rng=np.random.default_rng(1))
+    width = peer.confidence_interval.high - peer.confidence_interval.low
+    assert ours.low == pytest.approx(peer.confidence_interval.low, abs=0.04 * width)
+    assert ours.high == pytest.approx(peer.confidence_interval.high, abs=0.04 * width)
+    assert ours.high - ours.mean > ours.mean - ours.low  # skewed data: the longer arm is on the long tail's side
+
+
+@pytest.mark.parametrize("prompts", [12, 40])
+def test_the_interval_covers_the_truth_as_often_as_it_says(prompts):
+    """600 simulated studies of skewed data: 95 % coverage within three standard errors (0.9 points each), from below."""
+    rng = np.random.default_rng(0)
+    hits = 0
+    for study in range(600):
+        interval = stats.bootstrap_mean(rng.gamma(4.0, size=prompts), resamples=500, seed=study)
+        hits += interval.low <= 4.0 <= interval.high
+    assert 0.95 - 0.027 <= hits / 600 <= 0.985
+
+
+def test_samples_of_one_prompt_are_one_cluster():
+    """A prompt's difficulty is shared by its samples: repeating each sample ten times must not narrow the interval."""
+    x = np.random.default_rng(3).normal(size=(20, 1))
+    assert stats.bootstrap_mean(np.repeat(x, 10, axis=1)) == pytest.approx(stats.bootstrap_mean(x[:, 0]))
+    wrong = stats.bootstrap_mean(np.repeat(x, 10))
+    right = stats.bootstrap_mean(x)
+    assert (wrong.high - wrong.low) < 0.4 * (right.high - right.low)
+
+
+def test_pairing_removes_the_prompts_difficulty():
+    rng = np.random.default_rng(4)
+    difficulty = rng.normal(0, 10, size=50)
+    a, b = difficulty + 1 + rng.normal(0, 0.1, size=50), difficulty + rng.normal(0, 0.1, size=50)
+    mean, low, high = stats.paired_bootstrap(a, b)
+    assert 0.9 < low < mean < high < 1.1
+
+
+def test_one_seed_one_answer_whatever_the_block_size(monkeypatch):
+    x = np.random.default_rng(5).normal(size=30)
+    first = stats.bootstrap_mean(x, resamples=1000, seed=7)
+    assert stats.bootstrap_mean(x, resamples=1000, seed=7) == first
+    assert stats.bootstrap_mean(x, resamples=1000, seed=8) != first
+    monkeypatch.setattr(stats, "CELLS_AT_ONCE", 900)
+    assert stats.bootstrap_mean(x, resamples=1000, seed=7) == first
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([], "some of each"),
+        ([1.0], "at least two"),
+        ([1.0, float("nan")], "NaN or infinite"),
+        ([2.0, 2.0, 2.0], "all 3 values equal 2"),
+        (np.ones((2, 2, 2)), r"\(2, 2, 2\)"),
+    ],
+)
+def test_what_has_no_interval_is_an_error(values, message):
+    with pytest.raises(ValueError, match=message):
+        stats.bootstrap_mean(values)
+
+
+def test_arms_that_cannot_be_compared_are_errors():
+    with pytest.raises(ValueError, match="3 prompts and b 2"):
+        stats.paired_bootstrap([1.0, 2.0, 3.0], [1.0, 2.0])
+    with pytest.raises(ValueError, match="same responses"):
+        stats.paired_bootstrap([1.0, 2.0, 3.0], [1.0, 2.0, 3.0])
+    with pytest.raises(ValueError, match=r"level = 95"):
+        stats.bootstrap_mean([1.0, 2.0], level=95)
+    with pytest.raises(ValueError, match="resamples = 0"):
+        stats.bootstrap_mean([1.0, 2.0], resamples=0)
+
+
+# ------------------------------------------------------------------------------------------------ proportions
+
+
+def test_wilson_by_hand():
+    # s = 8, n = 10, z = 1.96: centre (8 + 1.9208) / 13.8416 = 0.71674,
+    # half 1.96 * sqrt(10 * .8 * .2 + 0.9604) / 13.8416 = 1.96 * 1.60013 / 13.8416 = 0.22658
+    rate, low, high = stats.wilson(8, 10)
+    assert rate == 0.8
+    assert (low, high) == pytest.approx((0.49016, 0.94332), abs=2e-5)
+
+
+def test_wilson_is_scipys_and_keeps_inside_0_and_1():
+    for s, n in [(0, 5), (5, 5), (3, 7), (400, 512)]:
+        peer = scipy_stats.binomtest(s, n).proportion_ci(method="wilson")
+        assert stats.wilson(s, n)[1:] == pytest.approx((peer.low, peer.high))
+    assert stats.wilson(0, 5).low == 0.0
+    assert stats.wilson(5, 5).high == 1.0
+
+
+def test_wilson_without_trials_is_an_error():
+    with pytest.raises(ValueError, match="at least one trial"):
+        stats.wilson(0, 0)
+    with pytest.raises(ValueError, match="6 successes in 5"):
+        stats.wilson(6, 5)
+
+
+# ------------------------------------------------------------------------------------------------ calibration
+
+
+def test_calibration_by_hand():
+    # two bins: {.2, .4} -> predicted .3, observed 0; {.6, .8} -> predicted .7, observed .5
+    # ECE = 1/2 * .3 + 1/2 * .2 = .25
+    error, table = stats.calibration([0.2, 0.4, 0.6, 0.8], [0, 0, 1, 0], bins=2)
+    assert error == pytest.approx(0.25)
+    assert table == [
+        {"predicted": pytest.approx(0.3), "observed": 0.0, "count": 2},
+        {"predicted": pytest.approx(0.7), "observed": 0.5, "count": 2},
+    ]
+
+
+def test_a_probability_of_one_belongs_to_the_last_bin_and_empty_bins_are_left_out():
+    error, table = stats.calibration([0.0, 1.0], [0, 1], bins=10)
+    assert error == 0.0
+    assert [row["count"] for row in table] == [1, 1]
+
+
+def test_honest_probabilities_are_calibrated():
+    rng = np.random.default_rng(0)
+    p = rng.random(20_000)
+    assert stats.calibration(p, rng.random(20_000) < p)[0] < 0.02
+
+
+@pytest.mark.parametrize(
+    ("prob", "outcome", "message"),
+    [
+        ([], [], "at least one number"),
+        ([0.5], [1, 0], "1 probabilities and 2 outcomes"),
+        ([1.5], [1], "must lie in"),
+        ([0.5], [0.3], "neither 0 nor 1"),
+        ([float("nan")], [1], "NaN"),
+    ],
+)
+def test_bad_predictions_are_errors(prob, outcome, message):
+    with pytest.raises(ValueError, match=message):
+        stats.calibration(prob, outcome)
+
+
+# ------------------------------------------------------------------------------------------------ many runs
+
+
+def test_interquartile_mean_by_hand():
+    # eight values: drop two at each end, the mean of 3, 4, 5, 6
+    assert stats.interquartile_mean([1, 2, 3, 4, 5, 6, 7, 800]) == 4.5
+    assert stats.interquartile_mean([[1, 2, 3, 4], [5, 6, 7, 800]]) == 4.5
+    assert stats.interquartile_mean([3.0, 3.0]) == 3.0
+    with pytest.raises(ValueError, match="at least one"):
+        stats.interquartile_mean([])
+
+
+def test_probability_of_improvement_by_hand():
+    # pairs (2,1) > , (2,2) =, (2,3) <, (4,1) (4,2) (4,3) > : (4 + 1/2) / 6
+    assert stats.probability_of_improvement([2, 4], [1, 2, 3]) == pytest.approx(4.5 / 6)
+    assert stats.probability_of_improvement([1, 1], [1, 1]) == 0.5
+
+
+@given(
+    st.lists(st.integers(-3, 3), min_size=1, max_size=8),
+    st.lists(st.integers(-3, 3), min_size=1, max_size=8),
+)
+def test_probability_of_improvement_is_counting(a, b):
+    counted = sum((x > y) + 0.5 * (x == y) for x in a for y in b) / (len(a) * len(b))
+    assert stats.probability_of_improvement(a, b) == pytest.approx(counted)
+    assert stats.probability_of_improvement(b, a) == pytest.approx(1 - counted)
+
+
+# ------------------------------------------------------------------------------------------------ correlations
+
+
+def test_correlations_by_hand():
+    # x - 2 = -1, 0, 1; y - 2 = -1, 1, 0: sum of products 1, spreads 2 and 2: r = 1/2, and the ranks are the values
+    assert stats.pearson([1, 2, 3], [1, 3, 2], resamples=50).mean == pytest.approx(0.5)
+    assert stats.spearman([1, 2, 3], [10, 1000, 20], resamples=50).mean == pytest.approx(0.5)
+
+
+def test_correlations_are_scipys_with_ties():
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 5, size=60).astype(float)
+    y = x + rng.normal(size=60)
+    linear, rank = stats.pearson(x, y), stats.spearman(x, y)
+    assert linear.mean == pytest.approx(scipy_stats.pearsonr(x, y).statistic)
+    assert rank.mean == pytest.approx(scipy_stats.spearmanr(x, y).statistic)
+    for interval in (linear, rank):
+        assert -1 <= interval.low < interval.mean < interval.high <= 1
+
+
+def test_the_correlations_interval_covers():
+    """r of a bivariate normal with correlation 0.5, n = 40: 250 studies, within three standard errors (1.4 points)."""
+    rng = np.random.default_rng(1)
+    hits = 0
+    for study in range(250):
+        x = rng.normal(size=40)
+        y = 0.5 * x + np.sqrt(0.75) * rng.normal(size=40)
+        interval = stats.pearson(x, y, resamples=400, seed=study)
+        hits += interval.low <= 0.5 <= interval.high
+    assert hits / 250 >= 0.95 - 0.042
+
+
+def test_a_correlation_with_a_constant_is_an_error():
+    with pytest.raises(ValueError, match="all values of y equal 4"):
+        stats.pearson([1, 2, 3], [4, 4, 4])
+    with pytest.raises(ValueError, match="at least three"):
+        stats.spearman([1, 2], [1, 2])
+    with pytest.raises(ValueError, match="needs pairs"):
+        stats.spearman([1, 2, 3], [1, 2])
+    with pytest.raises(ValueError, match="1 of 3 values of x"):
+        stats.spearman([1, float("inf"), 3], [1, 2, 3])
+
+
+# ------------------------------------------------------------------------------------------------ distinct-n
+
+
+def test_distinct_n_by_hand():
+    # words: the film the film | the end -> 6 unigrams, 3 distinct;
+    # bigrams: the film, film the, the film | the end -> 4, 3 distinct; none across the two texts
+    texts = ["the film the film", "the  end"]
+    assert stats.distinct_n(texts, 1) == 3 / 6
+    assert stats.distinct_n(texts, 2) == 3 / 4
+    assert stats.distinct_n([[1, 2, 1, 2], [1, 3]], 2) == 3 / 4
+    assert stats.distinct_n(texts, 4) == 1.0
+
+
+def test_distinct_n_without_n_grams_is_an_error():
+    with pytest.raises(ValueError, match="none of the 2 responses has 3 tokens"):
+        stats.distinct_n(["a b", ""], 3)
+    with pytest.raises(ValueError, match="n = 0"):
+        stats.distinct_n(["a"], 0)
+
+
+# ------------------------------------------------------------------------------------------------ best of n
+
+
+def brute_force(proxy, gold, n):
+    """Every subset, its proxy-best (an average over equals)."""
+    total = []
+    for p, g in zip(proxy, gold, strict=True):
+        picked = []
+        for subset in combinations(range(len(p)), n):
+            best = max(p[i] for i in subset)
+            picked.append(np.mean([g[i] for i in subset if p[i] == best]))
+        total.append(np.mean(picked))
+    return total
+
+
+@given(st.integers(1, 6), st.integers(0, 1000))
+def test_best_of_n_is_the_average_over_all_subsets(n, seed):
+    rng = np.random.default_rng(seed)
+    proxy = rng.integers(0, 4, size=(3, 6)).astype(float)  # few values: many ties
+    gold = rng.normal(size=(3, 6))
+    assert stats.best_of_n_values(proxy, gold, n) == pytest.approx(brute_force(proxy, gold, n))
+    assert stats.best_of_n_curve(proxy, gold, n) == pytest.approx(np.mean(brute_force(proxy, gold, n)))
+
+
+def test_best_of_n_by_hand_and_at_its_ends():
+    # best of 2 among proxies 1 < 2 < 3: the first never wins, the second wins 1 subset of 3, the third 2 of 3
+    assert stats.best_of_n_curve([[1, 2, 3]], [[9.0, 3.0, 6.0]], 2) == pytest.approx(3 / 3 + 2 * 6 / 3)
+    assert stats.best_of_n_curve([[1, 2, 3]], [[9.0, 3.0, 6.0]], 1) == pytest.approx(6.0)
+    assert stats.best_of_n_curve([[1, 2, 3]], [[9.0, 3.0, 6.0]], 3) == pytest.approx(6.0)
+
+
+def test_best_of_n_of_the_proxy_itself_never_falls():
+    proxy = np.random.default_rng(0).normal(size=(4, 64))
+    curve = [stats.best_of_n_curve(proxy, proxy, n) for n in range(1, 65)]
+    assert np.all(np.diff(curve) > 0)
+
+
+def test_best_of_n_out_of_range_is_an_error():
+    with pytest.raises(ValueError, match="n between 1 and 3"):
+        stats.best_of_n_curve([[1, 2, 3]], [[1, 2, 3]], 4)
+    with pytest.raises(ValueError, match="prompts, samples"):
+        stats.best_of_n_curve([1, 2, 3], [1, 2, 3], 1)
+    with pytest.raises(ValueError, match="values of gold"):
+        stats.best_of_n_curve([[1, 2]], [[1, float("nan")]], 1)
