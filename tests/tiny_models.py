@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -57,6 +57,7 @@ def tokenizer(vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
     """Words `w1`, `w2`, ... between spaces, token 0 being the end of the text."""
     words = {"<eos>": EOS, **{f"w{i}": i for i in range(1, vocabulary)}}
     plain = Tokenizer(models.WordLevel(words, unk_token="w1"))
+    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<eos>", pad_token="<eos>")
 
 

@@ -35,6 +35,7 @@ class Learner:
     Args:
         module: what trains.
         learning_rate: Adam's step size at its highest.
+        rates: step sizes of the weights whose names begin so, in place of `learning_rate`.
         steps: planned optimiser steps, for the schedule; 0 keeps the rate constant.
         warmup: steps over which the rate rises linearly from 0.
         schedule: `constant`, or `linear` decay to 0 over `steps`.
@@ -51,6 +52,7 @@ class Learner:
         module: Trainable,
         learning_rate: float,
         *,
+        rates: Mapping[str, float] | None = None,
         steps: int = 0,
         warmup: int = 0,
         schedule: str = "constant",
@@ -74,15 +76,23 @@ class Learner:
         self.clip_norm, self.tokens = clip_norm, tokens
         self.taken = 0
         fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in self.named.values())
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in named:
+            own = [rate for prefix, rate in (rates or {}).items() if name.startswith(prefix)]
+            groups.setdefault(own[0] if own else learning_rate, []).append(parameter)
+        self.highest = list(groups)
         self.optimiser = torch.optim.AdamW(
-            list(self.named.values()), lr=learning_rate, betas=(0.9, 0.95), weight_decay=weight_decay, fused=fused
+            [{"params": members, "lr": rate} for rate, members in groups.items()],
+            betas=(0.9, 0.95),
+            weight_decay=weight_decay,
+            fused=fused,
         )
 
-    def rate(self) -> float:
-        """The learning rate of the next step."""
+    def share(self) -> float:
+        """The schedule: what share of the highest learning rate the next step takes."""
         rise = min(1.0, (self.taken + 1) / self.warmup) if self.warmup else 1.0
         fall = max(0.0, 1 - self.taken / self.steps) if self.schedule == "linear" else 1.0
-        return self.learning_rate * min(rise, fall)
+        return min(rise, fall)
 
     def step(self, loss: Loss, data: Data, weight: Tensor, **columns: Tensor) -> dict[str, float]:
         """Take one optimiser step on Σ weight · loss.
@@ -111,13 +121,13 @@ class Learner:
             )
         if self.clip_norm:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
-        rate = self.rate()
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
+        share = self.share()
+        for group, highest in zip(self.optimiser.param_groups, self.highest, strict=True):
+            group["lr"] = share * highest
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.taken += 1
-        return {**totals, "grad_norm": float(norm), "learning_rate": rate}
+        return {**totals, "grad_norm": float(norm), "learning_rate": share * self.learning_rate}
 
     def gradient(self, loss: Loss, data: Data, weight: Tensor, **columns: Tensor) -> dict[str, float]:
         """Accumulate the gradient of Σ weight · loss into the parameters, without stepping; returns the weighted sums."""
@@ -145,7 +155,7 @@ class Learner:
                 totals[name] = totals.get(name, torch.zeros_like(measured)) + measured
         for parameter in self.named.values():
             if parameter.grad is not None:
-                parallel.world.sum(parameter.grad)
+                parameter.grad = parallel.world.sum(parameter.grad)
         return {name: float(parallel.world.sum(total)) for name, total in totals.items()}
 
     # -- checkpoints --------------------------------------------------------------------------------------------------------

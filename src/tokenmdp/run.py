@@ -120,7 +120,7 @@ class Screen:
         """Show a bar below those that are there."""
         if bar not in self._bars:
             self._bars[bar] = self._live.add_task(bar.title, total=bar.total, completed=bar.done, bar=bar)
-        if self._console.is_terminal:
+        if self._console.is_interactive:
             self._live.start()
 
     def moved(self, bar: Bar) -> None:
@@ -130,14 +130,14 @@ class Screen:
             return
         self.add(bar)
         self._live.update(self._bars[bar], completed=bar.done)
-        if not self._console.is_terminal and time.monotonic() - self._spoke > 15.0:
+        if not self._console.is_interactive and time.monotonic() - self._spoke > 15.0:
             self.say(" | ".join(f"{b.title}: {b}" for b in self._bars))
 
     def remove(self, bar: Bar) -> None:
         """Take a bar away; the display ends with its last bar."""
         if (task := self._bars.pop(bar, None)) is not None:
             self._live.remove_task(task)
-        if not self._bars:
+        if not self._bars and self._console.is_interactive:
             self._live.stop()
 
     def say(self, text: str) -> None:
@@ -167,25 +167,31 @@ def _writing(path: Path, needed: int, kept: str = "") -> Iterator[None]:
         ) from fault
 
 
-def _settle(temp: Path, path: Path) -> None:
-    """Give a finished temporary file its name, such that after a power cut either the old or the new file is there."""
-    with open(temp, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temp, path)
-    folder = os.open(path.parent, os.O_RDONLY)
+def _settle(*finished: Path) -> None:
+    """Give temporary files (.NAME.tmp) their names; after a power cut each is there whole, or is not there."""
+    for temp in finished:
+        with open(temp, "rb+") as file:
+            os.fsync(file.fileno())
+    for temp in finished:
+        os.replace(temp, temp.with_name(temp.name[1:-4]))
+    folder = os.open(finished[0].parent, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
 
 
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
+
+
 def _write(path: Path, data: bytes) -> None:
     """Write a small file whole or not at all."""
-    temp = path.with_name(f".{path.name}.tmp")
+    temp = _temporary(path)
     with _writing(path, len(data)):
         try:
             temp.write_bytes(data)
-            _settle(temp, path)
+            _settle(temp)
         finally:
             temp.unlink(missing_ok=True)
 
@@ -258,7 +264,7 @@ def _fault(path: Path) -> str:
         return f"its bytes do not match {seal.name}: it is damaged or half written"
     for name, size in json.loads(_about(path)["files"]).items():
         file = path.parent.parent / name
-        if size and (not file.exists() or file.stat().st_size < size):
+        if not file.exists() or file.stat().st_size < size:
             return f"{name} is shorter than it was at that step"
     return ""
 
@@ -462,7 +468,12 @@ class Run:
             "stage": self._name,
             "threads": torch.get_num_threads(),
         }
-        new |= {"versions": versions, "command": sys.argv, "id": uuid.uuid4().hex[:8], "files": []}
+        new |= {
+            "versions": versions,
+            "command": sys.argv,
+            "id": uuid.uuid4().hex[:8],
+            "files": ["metrics.jsonl", "times.jsonl"],
+        }
         self._header = new if old is None else old
         _seed_the_global_streams(self.seed, self._name)
         if old is None:
@@ -602,11 +613,8 @@ class Run:
                     own = own.clone()
                 storages.add(own.untyped_storage().data_ptr())
                 tensors[f"{i}/{name}"] = own
-        sizes = {}
-        for name in self._header["files"]:
-            with open(self.folder / name, "ab") as file:
-                os.fsync(file.fileno())
-                sizes[name] = file.tell()
+        files = [self.folder / name for name in self._header["files"]]
+        sizes = {file.name: file.stat().st_size for file in files if file.exists()}
         about = {
             "step": str(step),
             "files": json.dumps(sizes),
@@ -620,17 +628,18 @@ class Run:
                 stale.unlink()
 
     def _seal(self, path: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
-        """The bytes first, then their hash, then the name: what bears the name has been whole."""
-        temp = path.with_name(f".{path.name}.tmp")
+        """Bytes and hash first, then the name of the hash, then the name of the bytes: what bears it has been whole."""
         kept = f"The checkpoint before it, {self._whole[0].name}, is kept. " if self._whole else ""
         needed = sum(t.numel() * t.element_size() for t in tensors.values()) + sum(map(len, about.values()))
+        temp, seal = _temporary(path), _temporary(path.with_suffix(".sha256"))
         with _writing(path, needed, kept):
             try:
                 save_file(tensors, temp, metadata=about)
-                _write(path.with_suffix(".sha256"), f"{_sha256(temp)}  {path.name}\n".encode())
-                _settle(temp, path)
+                seal.write_text(f"{_sha256(temp)}  {path.name}\n")
+                _settle(seal, temp)
             finally:
                 temp.unlink(missing_ok=True)
+                seal.unlink(missing_ok=True)
 
     def log(self, step: int, metrics: Mapping[str, float], headline: Sequence[str] = ()) -> None:
         """Append one line to metrics.jsonl, and its wall-clock to times.jsonl.

@@ -71,7 +71,8 @@ def test_fast_equals_slow_while_rows_leave(name: str) -> None:
     policy = tiny(name)
     policy.eos_ids = MANY_ENDS
     ours, twins = both(policy, 4, Sampling(max_new_tokens=10))
-    assert 3 < sum(d.ended for d in ours) < len(ours)
+    assert 3 < sum(d.ended for d in ours)
+    assert len({len(d.tokens) for d in ours}) > 2
     assert_same(ours, twins)
 
 

@@ -69,13 +69,15 @@ SIZES = {
     "full": Size(
         model="smollm2-135m-instruct",
         prefix_tokens=8,
-        sft=sft.Config(steps=60, rows=16, learning_rate=1e-4, train="all", evaluate_every=20),
-        rm=reward_model.Config(epochs=1, rows=16, learning_rate=1e-4, train="top-10", warmup=4),
-        ppo=ppo.Config(steps=24, prompts=16, samples=4, max_new_tokens=24, learning_rate=5e-5, kl=0.05, train="top-10"),
-        pairs=700,
-        held_out_pairs=140,
-        sharpness=2.0,
-        held_out=96,
+        sft=sft.Config(steps=40, rows=16, learning_rate=1e-4, train="all", evaluate_every=20),
+        rm=reward_model.Config(
+            epochs=1, rows=16, learning_rate=5e-5, head_learning_rate=1e-3, train="top-10", pool="mean", warmup=4
+        ),
+        ppo=ppo.Config(steps=16, prompts=16, samples=4, max_new_tokens=24, learning_rate=7e-5, kl=0.05, train="top-10"),
+        pairs=800,
+        held_out_pairs=160,
+        sharpness=3.0,
+        held_out=64,
         candidates=8,
         answers=4,
     ),

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import torch
 from jaxtyping import Float, Int
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -84,7 +85,11 @@ class Backbone:
             return self.body(input_ids=tokens, use_cache=False).last_hidden_state
 
     def freeze(self) -> None:
-        """No weight of this model trains from here on: it is what twins are measured against, and may be shared."""
+        """No weight of this model trains from here on: it is what twins are measured against, and may be shared.
+
+        LoRA adapters that trained become part of the weights, so that a twin starts from them.
+        """
+        self._fold()
         self.model.requires_grad_(False)
         self.train_spec = "none"
 
@@ -125,9 +130,18 @@ class Backbone:
     def merged(self) -> PreTrainedModel:
         """A plain copy of the model, LoRA adapters folded into its weights: what is written to disk."""
         other = copy.deepcopy(self)
-        if other.peft is not None:
-            other.peft.merge_and_unload()
+        other._fold()
         return other.model
+
+    def _fold(self) -> None:
+        if self.peft is None:
+            return
+        for layer in self.body.modules():
+            if isinstance(layer, BaseTunerLayer):  # its weight is shared with the model this is a twin of: fold into a copy
+                base = layer.get_base_layer()
+                base.weight = nn.Parameter(base.weight.detach().clone())
+        self.peft.merge_and_unload()
+        self.peft = None
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The weights that train, by name: what an optimiser steps and a checkpoint holds."""

@@ -309,6 +309,8 @@ def agrees(policy: Policy) -> bool:
     The tolerance is 1e-3 of the logits' spread in float32, 5e-2 in bfloat16. Any error the exchange of attention causes in the
     model's code counts as "no".
     """
+    if not policy.head_is_linear():
+        return False
     size = int(policy.model.config.vocab_size)
     prefixes = [[(7 * i + 3 * j + 1) % size for i in range(length)] for j, length in enumerate((5, 8, 3))]
     following = [[(11 * j + 5 * t + 2) % size for t in range(3)] for j in range(len(prefixes))]

@@ -219,7 +219,7 @@ class Policy:
                     f"{self.name} has {ours.shape[-1]} tokens and {reference.name} {theirs.shape[-1]}: a KL needs one vocabulary"
                 )
             parts.append(kl.exact(ours, theirs))
-        out = torch.zeros(batch.tokens.shape, dtype=torch.float32, device=batch.tokens.device)
+        out = torch.zeros(batch.tokens.shape, dtype=parts[0].dtype if parts else torch.float32, device=batch.tokens.device)
         return out.index_put(batch.action.nonzero(as_tuple=True), torch.cat(parts)) if parts else out
 
     def _action_logits(self, batch: Batch) -> Iterator[tuple[slice, Tensor]]:
@@ -229,7 +229,7 @@ class Policy:
         """
         rows, at = batch.action.nonzero(as_tuple=True)
         if self._linear_head is None:
-            self._linear_head = self._head_is_linear()
+            self._linear_head = self.head_is_linear()
             self.paths["logits"] = (
                 "action positions only" if self._linear_head else "all positions (the model alters its logits)"
             )
@@ -249,12 +249,18 @@ class Policy:
             return self.model.get_output_embeddings()(hidden)
 
     @torch.no_grad()
-    def _head_is_linear(self) -> bool:
-        """Whether output layer ∘ body is the model, on a few tokens: some models cap or scale their logits after it."""
+    def head_is_linear(self) -> bool:
+        """Whether output layer ∘ body is the model: some models cap or scale their logits after it.
+
+        Its config says so, or a few tokens show it. Tokens alone would not do: a cap is invisible while logits are small.
+        """
+        settings = self.model.config.to_dict().items()
+        if any("logit" in name and not name.startswith("attn") and isinstance(v, float) and v != 1 for name, v in settings):
+            return False
         probe = torch.arange(1, 7, device=self.device)[None] % self.model.config.vocab_size
         with self.backbone.autocast():
-            whole = self.model(input_ids=probe, use_cache=False).logits.float()
-        ours = self.project(self.backbone.hidden(probe)).float()
+            whole = self.model(input_ids=probe, use_cache=False).logits[0].float()
+        ours = self.project(self.backbone.hidden(probe)[0]).float()
         return bool(torch.allclose(ours, whole, rtol=1e-3, atol=1e-3 * float(whole.abs().max())))
 
     # -- on disk ------------------------------------------------------------------------------------------------------------

@@ -37,8 +37,10 @@ class Config:
     epochs: int = 1  # passes over the pairs; more than one overfits soon
     rows: int = 16  # pairs a step
     learning_rate: float = 5e-5  # highest; decays linearly to 0
-    warmup: int = 3  # steps over which the rate rises
-    train: str = "all"  # all | top-N blocks | lora-R rank
+    head_learning_rate: float = 1e-3  # of the head, which starts at zero
+    warmup: int = 3  # steps over which the rates rise
+    train: str = "all"  # what of the body trains: all | top-N blocks | lora-R rank | head (nothing but the head)
+    pool: str = "last"  # what the head reads: last (what other tools expect) | mean (better with few labels)
     centring: float = 0.01  # c, weight of the squared sum of a pair's scores
     margin: bool = False  # demand the data's margin between chosen and rejected
     held_out: float = 0.1  # share of the pairs never trained on
@@ -50,12 +52,13 @@ def train(
     cfg: Config, policy: Policy, pairs: Pairs, held_out: Pairs, run: Run
 ) -> tuple[RewardModel, dict[str, object]]:
     """Fit the reward to the pairs; returns it, normalised on the held-out responses, with its held-out figures."""
-    reward = RewardModel.from_policy(policy, cfg.train, run.rng)
+    reward = RewardModel.from_policy(policy, cfg.train, cfg.pool)
     per_epoch = -(-len(pairs) // cfg.rows)
     steps = cfg.epochs * per_epoch
     learner = Learner(
         reward,
         cfg.learning_rate,
+        rates={f"{reward.head_name}.": cfg.head_learning_rate},
         steps=steps,
         warmup=min(cfg.warmup, steps),
         schedule="linear",
@@ -100,7 +103,11 @@ def judge(reward: RewardModel, pairs: Pairs) -> dict[str, object]:
     ece, table = stats.calibration(torch.sigmoid(margin * sign).numpy(), (sign > 0).numpy(), bins=10)
     both = Batch.concat([pairs.chosen, pairs.rejected])
     length = both.action.sum(-1).double()
-    correlation = stats.spearman(torch.cat([chosen.value, rejected.value]).double().numpy(), length.numpy())
+    scores = torch.cat([chosen.value, rejected.value]).double()
+    length_bias: dict[str, object] = {}
+    if bool((length != length[0]).any()) and bool((scores != scores[0]).any()):  # else there is no bias to length to see
+        found = stats.spearman(scores.numpy(), length.numpy())
+        length_bias = {"length_correlation": found.mean, "length_correlation_ci": [found.low, found.high]}
     return {
         "accuracy": accuracy,
         "low": low,
@@ -108,7 +115,7 @@ def judge(reward: RewardModel, pairs: Pairs) -> dict[str, object]:
         "n_pairs": len(pairs),
         "ece": ece,
         "calibration": table,
-        "length_correlation": correlation,
+        **length_bias,
     }
 
 

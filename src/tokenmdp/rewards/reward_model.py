@@ -1,6 +1,6 @@
 """The learned reward: a language model's body with one linear head, read at the last real token.
 
-    r(x, y) = (w · h_last − shift) / scale
+    r(x, y) = (w · h̄ − shift) / scale,   h̄ = the state at the last real token, or the mean of all states up to it
 
 `shift` and `scale` are fixed once after training (mean and spread over the behaviour policy's samples), so that scores have mean 0
 and variance 1 where RL begins (Stiennon et al. 2020, section 3.3, normalise to mean 0). Saved as the `AutoModelForSequenceClassification`
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
 from tokenmdp.models.backbone import Backbone
-from tokenmdp.models.heads import Critic
+from tokenmdp.models.heads import Critic, pooled
 from tokenmdp.models.parts import in_parts
 from tokenmdp.models.policy import Policy
 from tokenmdp.types import Batch, Score
@@ -34,18 +34,23 @@ class RewardModel:
     Attributes:
         backbone: a sequence-classification model with one label.
         shift, scale: the affine map that makes scores comparable between runs.
+        pool: what the head reads: `last` (what other tools expect) or `mean` (see `models.heads.pooled`).
     """
 
-    def __init__(self, backbone: Backbone, tokenizer: PreTrainedTokenizerBase, name: str = "reward_model"):
-        self.backbone, self.tokenizer, self.name = backbone, tokenizer, name
+    def __init__(
+        self, backbone: Backbone, tokenizer: PreTrainedTokenizerBase, name: str = "reward_model", pool: str = "last"
+    ) -> None:
+        self.backbone, self.tokenizer, self.name, self.pool = backbone, tokenizer, name, pool
         self.head: nn.Linear = _score_layer(backbone.model)
+        self.head_name = next(n for n, m in backbone.model.named_children() if m is self.head)
         self.shift, self.scale = 0.0, 1.0
 
     @staticmethod
-    def from_policy(policy: Policy, train: str, rng: torch.Generator, name: str = "reward_model") -> RewardModel:
-        """A reward model on the policy's body (shared where it does not train), its head drawn from N(0, 1/(D + 1)).
+    def from_policy(policy: Policy, train: str, pool: str = "last", name: str = "reward_model") -> RewardModel:
+        """A reward model on the policy's body (shared where it does not train), indifferent at first: its head starts at zero.
 
-        Source: Stiennon et al. 2020, appendix B.1, for the head's initial spread.
+        Differs from Stiennon et al. 2020, appendix B.1, who draw the head from N(0, 1/(D + 1)): with a few hundred labels
+        that noise is still there at the end.
         """
         body = policy.backbone.twin(train)
         config = copy.deepcopy(policy.model.config)
@@ -55,12 +60,11 @@ class RewardModel:
         setattr(model, model.base_model_prefix, body.body)
         head = _score_layer(model)
         width = head.weight.shape[1]
-        weight = torch.randn((1, width), generator=rng) / (width + 1) ** 0.5
-        head.weight = nn.Parameter(weight.to(policy.device))
+        head.weight = nn.Parameter(torch.zeros((1, width), device=policy.device))
         if head.bias is not None:
             head.bias = nn.Parameter(torch.zeros(1, device=policy.device))
         body.model = model.eval()
-        return RewardModel(body, policy.tokenizer, name)
+        return RewardModel(body, policy.tokenizer, name, pool)
 
     @staticmethod
     def load(folder: Path | str, policy: Policy, compute: str = "auto") -> RewardModel:
@@ -86,7 +90,7 @@ class RewardModel:
         out = RewardModel(backbone, tokenizer, folder.name)
         if (folder / _FILE).exists():
             saved = json.loads((folder / _FILE).read_text())
-            out.shift, out.scale = float(saved["shift"]), float(saved["scale"])
+            out.shift, out.scale, out.pool = float(saved["shift"]), float(saved["scale"]), str(saved["pool"])
         return out
 
     def save(self, folder: Path | str) -> None:
@@ -95,7 +99,7 @@ class RewardModel:
         model = self.backbone.model if self.backbone.peft is None else self.backbone.merged()
         model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        (folder / _FILE).write_text(json.dumps({"shift": self.shift, "scale": self.scale}) + "\n")
+        (folder / _FILE).write_text(json.dumps({"shift": self.shift, "scale": self.scale, "pool": self.pool}) + "\n")
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The weights that train; the head always does."""
@@ -103,8 +107,8 @@ class RewardModel:
 
     def last(self, batch: Batch) -> Float[Tensor, "B"]:
         """The score of each row, read at its last real token, found by position; with gradient."""
-        hidden = self.backbone.hidden(batch.tokens)
-        final = hidden[torch.arange(len(batch), device=hidden.device), batch.length - 1].float()
+        states = pooled(self.backbone.hidden(batch.tokens), self.pool)
+        final = states[torch.arange(len(batch), device=states.device), batch.length - 1]
         return (self.head(final)[:, 0] - self.shift) / self.scale
 
     @torch.no_grad()

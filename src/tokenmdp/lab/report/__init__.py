@@ -2,9 +2,9 @@
 
     build("runs/demo")          # writes runs/demo/report.html and returns its path
 
-The page needs no network, no fonts and no scripts: charts are inline SVG, switches are plain CSS, and a content security
-policy in the page itself forbids everything else. Whatever a model, a user or a data set wrote is escaped, and characters
-that could hide or reorder text are made visible.
+The page needs no network, no fonts and no scripts: charts are inline SVG, switches are plain CSS, and a content
+security policy in the page itself forbids everything else. Whatever a model, a user or a data set wrote is escaped, and
+characters that could hide or reorder text are made visible.
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from tokenmdp.lab.report.figures import path
+from tokenmdp.lab.report.figures import gain, path, spreads
 from tokenmdp.lab.report.folder import Figures
 from tokenmdp.lab.report.words import count, listed, num, percent, signed, span
-from tokenmdp.lab.stats import Interval
+from tokenmdp.stats import Interval
 
 
 def gained(summary: Figures) -> str:
@@ -22,16 +22,25 @@ def gained(summary: Figures) -> str:
 
 def drift(summary: Figures) -> str:
     """How much of what the proxy promised arrived, for each arm."""
+    unit = " standard deviations" if spreads(summary) else ""
     parts = []
     for arm, name in (("ppo", "PPO"), ("bon", best_of(summary))):
-        gold, base = summary.interval(f"gold_{arm}"), summary.interval("gold_sft")
-        proxy, proxy_base = summary.number(f"proxy.{arm}"), summary.number("proxy.sft")
-        if gold is None or base is None or proxy is None or proxy_base is None:
-            continue
-        promised, arrived = proxy - proxy_base, gold.mean - base.mean
-        rate = f", {num(arrived / promised)} of gold for each unit of proxy" if promised > 0.05 else ""
-        parts.append(f"{name} gained {signed(promised)} by the proxy and {signed(arrived)} by gold{rate}")
+        if found := gain(summary, arm):
+            arrived = found.gold.mean
+            rate = f", {num(arrived / found.proxy)} of gold for each of proxy" if found.proxy > 0.05 else ""
+            parts.append(f"{name} gained {signed(found.proxy)}{unit} by the proxy and {signed(arrived)} by gold{rate}")
     return f"{'; '.join(parts)}." if parts else ""
+
+
+def agreement(summary: Figures) -> str:
+    """How well the proxy orders the responses of the policy it was trained on, and of the one it trained."""
+    before, after = (summary.interval(f"gold_proxy_correlation.{arm}") for arm in ("sft", "ppo"))
+    if before is None or after is None:
+        return ""
+    return (
+        "Proxy and gold order SFT's responses alike with a rank correlation of "
+        f"{num(before.mean)}{_in_brackets(before)}, PPO's with {num(after.mean)}{_in_brackets(after)}."
+    )
 
 
 def peak(summary: Figures) -> str:

@@ -12,7 +12,7 @@ from tokenmdp.lab.report import captions, figures
 from tokenmdp.lab.report.folder import Curve, Figures, RunFolder, number
 from tokenmdp.lab.report.record import curves_of, grouped
 from tokenmdp.lab.report.words import count, fine, minutes, num, percent, signed, span, trend
-from tokenmdp.lab.stats import Interval
+from tokenmdp.stats import Interval
 
 # The curves a practitioner looks at first: candidates of a metric's name, what it is called here, its unit.
 TRAINING = (
@@ -35,11 +35,11 @@ STAGES = (
 
 
 STEPS = (
-    ("sft", "Behaviour cloning", "SFT on demonstrations: imitate the reviews. Loss in nats a token."),
+    ("sft", "Behaviour cloning", "SFT on demonstrations: imitate the reviews. Loss on a held-out part, nats a token."),
     ("data", "Preferences", "Two responses a prefix; which is better is bought from the gold reward, with noise."),
     ("reward_model", "Inverse RL", "A reward that explains those choices. Accuracy on held-out pairs."),
     ("ppo", "Online RL", "PPO on known dynamics climbs that reward, tied to SFT by KL. Score by the proxy."),
-    ("judgement", "Judgement", "The gold reward, unseen by training, on held-out prefixes."),
+    ("judgement", "Judgement", "The gold reward, which no gradient has seen, on held-out prefixes."),
 )
 
 
@@ -49,6 +49,7 @@ def sections(run: RunFolder, summary: Figures) -> dict[str, Any]:
         "tiles": tiles(summary),
         "steps": steps(run, summary),
         "frontier": frontier(summary),
+        "spread": figures.spreads(summary) is not None,
         "training": training(run),
         "other_curves": curves_of(run, without=_shown(run)),
         "rm": reward_model(Figures(summary.mapping("rm"))),
@@ -131,32 +132,43 @@ def steps(run: RunFolder, summary: Figures) -> list[dict[str, Any]]:
     rm = Figures(summary.mapping("rm"))
     cloning = first_curve(run, "sft", ("loss", "loss/nll", "nll", "held_out/nll"), least=2)
     scores = first_curve(run, "ppo", ("objective/scores", "objective/rlhf_reward"), least=2)
-    ledger_rows = [(str(row.get("what", "")), number(row.get("count"))) for row in summary.rows("labels.ledger")]
-    spent = [(what, x) for what, x in ledger_rows if x is not None]
-    paid, accuracy, gain = summary.number("labels.paid"), rm.number("accuracy"), summary.interval("ppo_minus_sft")
-    drawn: dict[str, tuple[str, Markup | None]] = {
-        "sft": (f"{num(figures.settled(cloning))} nats", figures.spark(cloning, "spark-sft", "sft"))
-        if cloning
-        else ("", None),
-        "data": (f"{count(paid)} labels" if paid is not None else "", figures.parts(spent) if spent else None),
-        "reward_model": ("", None)
-        if accuracy is None
-        else (percent(accuracy), figures.accuracy(rm, "spark-rm", 200, 84)),
-        "ppo": (f"{num(figures.settled(scores))} proxy", figures.spark(scores, "spark-ppo", "ppo"))
-        if scores
-        else ("", None),
-        "judgement": (f"{signed(gain.mean)} gold" if gain else "", figures.arms(summary)),
+    paid, accuracy = summary.number("labels.paid"), rm.number("accuracy")
+    held_out, better = summary.number("sft.held_out_nll"), summary.interval("ppo_minus_sft")
+    if held_out is None and cloning:
+        held_out = figures.settled(cloning)
+    value = {
+        "sft": f"{num(held_out)} nats" if held_out is not None else "",
+        "data": f"{count(paid)} labels" if paid is not None else "",
+        "reward_model": percent(accuracy) if accuracy is not None else "",
+        "ppo": f"{num(figures.settled(scores))} proxy" if scores else "",
+        "judgement": f"{signed(better.mean)} gold" if better else "",
+    }
+    chart = {
+        "sft": figures.spark(cloning, "spark-sft", "sft") if cloning else None,
+        "data": None,
+        "reward_model": figures.accuracy(rm, "spark-rm", 200, 84) if accuracy is not None else None,
+        "ppo": figures.spark(scores, "spark-ppo", "ppo") if scores else None,
+        "judgement": figures.arms(summary),
     }
     return [
         {
             "title": title,
             "text": text,
-            "value": drawn[key][0],
-            "figure": drawn[key][1],
+            "value": value[key],
+            "figure": chart[key],
+            "parts": shares(summary) if key == "data" else [],
             "minutes": minutes(summary.number(f"minutes.{key}")),
         }
         for key, title, text in STEPS
     ]
+
+
+def shares(summary: Figures) -> list[dict[str, str]]:
+    """The ledger of labels as bars: what for, how many, and how long a bar in percent of the longest."""
+    rows = [(str(row.get("what", "")), number(row.get("count"))) for row in summary.rows("labels.ledger")]
+    known = [(what, x) for what, x in rows if x is not None and x > 0][:4]
+    most = max((x for _, x in known), default=1.0)
+    return [{"what": what, "count": count(x), "width": f"{100 * x / most:.1f}"} for what, x in known]
 
 
 def first_curve(run: RunFolder, where: str, names: Sequence[str], least: int = 1) -> Curve | None:
@@ -178,7 +190,7 @@ def frontier(summary: Figures) -> dict[str, Any] | None:
         ("Promise and delivery", figures.gains(summary)),
     )
     charts = [(name, chart) for name, chart in drawn if chart is not None]
-    words = [captions.drift(summary), captions.spent(summary), captions.peak(summary)]
+    words = [captions.drift(summary), captions.spent(summary), captions.peak(summary), captions.agreement(summary)]
     return {"charts": charts, "words": [sentence for sentence in words if sentence]} if charts else None
 
 

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from tokenmdp.lab.report.folder import Curve, Figures, number
 from tokenmdp.lab.report.ink import canvas, colour, dot, fixed_ticks, label_axes, quiet, svg, whisker
 from tokenmdp.lab.report.words import count, num, percent, visible
-from tokenmdp.lab.stats import Interval, wilson
+from tokenmdp.stats import Interval, wilson
 
-POINTS = 240  # a curve with more points is drawn as means (and the range) of this many stretches
+POINTS = 240  # a curve of more than twice as many points is drawn as the means and ranges of so many stretches
 
 
 @dataclass(frozen=True)
@@ -109,35 +109,53 @@ def _plain(value: float | None) -> Interval | None:
     return None if value is None else Interval(value, math.nan, math.nan)
 
 
+@dataclass(frozen=True)
+class Gain:
+    """A gain over SFT by each reward: in standard deviations over SFT samples where known, else in its own units."""
+
+    proxy: float
+    gold: Interval
+
+
+def spreads(summary: Figures) -> tuple[float, float] | None:
+    """The standard deviations of proxy and gold over SFT samples; None leaves gains in the rewards' own units."""
+    proxy, gold = summary.number("proxy_spread_sft"), summary.number("gold_spread_sft")
+    return (proxy, gold) if proxy and gold and proxy > 0 and gold > 0 else None
+
+
+def gain(summary: Figures, arm: str) -> Gain | None:
+    """How far an arm is above SFT by the proxy and by gold; None where one of the four figures is missing."""
+    base, end = summary.interval("gold_sft"), summary.interval(f"gold_{arm}")
+    proxy_base, proxy = summary.number("proxy.sft"), summary.number(f"proxy.{arm}")
+    if base is None or end is None or proxy_base is None or proxy is None:
+        return None
+    per_proxy, per_gold = spreads(summary) or (1.0, 1.0)
+    paired = summary.interval(f"{arm}_minus_sft") or Interval(end.mean - base.mean, math.nan, math.nan)
+    return Gain((proxy - proxy_base) / per_proxy, Interval(*(x / per_gold for x in paired)))
+
+
 def gains(summary: Figures) -> Markup | None:
     """What the proxy promised (its gain over SFT) against what arrived (gold's gain); None without the SFT figures."""
-    gold, proxy = summary.interval("gold_sft"), summary.number("proxy.sft")
-    if gold is None or proxy is None:
+    base, proxy_base = summary.interval("gold_sft"), summary.number("proxy.sft")
+    if base is None or proxy_base is None:
         return None
+    per_proxy, per_gold = spreads(summary) or (1.0, 1.0)
     figure, axes = canvas(370, 330, left=38, right=18, top=28, bottom=38)
     largest = 0.1
-    for curve, role in (("bon_curve", "bon"), ("ppo_curve", "ppo")):
+    for curve, role, style in (("bon_curve", "bon", (2.0, 1.0)), ("ppo_curve", "ppo", (1.2, 0.45))):
         rows = [(number(r.get("proxy")), number(r.get("gold"))) for r in summary.rows(curve)]
-        points = [(p - proxy, g - gold.mean) for p, g in rows if p is not None and g is not None]
+        known = [(p, g) for p, g in rows if p is not None and g is not None]
+        points = [((p - proxy_base) / per_proxy, (g - base.mean) / per_gold) for p, g in known]
         if points:
             x, y = zip(*points, strict=True)
-            faint = role == "ppo"
-            axes.plot(x, y, color=colour(role), linewidth=1.2 if faint else 2, alpha=0.45 if faint else 1, zorder=2)
+            axes.plot(x, y, color=colour(role), linewidth=style[0], alpha=style[1], zorder=2)
             largest = max(largest, *x, *y)
-    for arm, role, label in (("bon", "bon", "best-of-n"), ("ppo", "ppo", "PPO")):
-        end, promised, gain = (
-            summary.interval(f"gold_{arm}"),
-            summary.number(f"proxy.{arm}"),
-            summary.interval(f"{arm}_minus_sft"),
-        )
-        if end is None or promised is None:
-            continue
-        shown = gain or _plain(end.mean - gold.mean)
-        if shown:
-            whisker(axes, promised - proxy, shown.low, shown.high, role, width=2.2)
-            dot(axes, promised - proxy, shown.mean, role, 9)
-            _note(axes, promised - proxy, shown.mean, label, role, (10, -3), "left", bold=True)
-            largest = max(largest, promised - proxy, shown.mean)
+    for arm, label in (("bon", "best-of-n"), ("ppo", "PPO")):
+        if found := gain(summary, arm):
+            whisker(axes, found.proxy, found.gold.low, found.gold.high, arm, width=2.2)
+            dot(axes, found.proxy, found.gold.mean, arm, 9)
+            _note(axes, found.proxy, found.gold.mean, label, arm, (10, -3), "left", bold=True)
+            largest = max(largest, found.proxy, found.gold.mean)
     axes.plot(
         [0, largest * 1.1], [0, largest * 1.1], color=colour("muted"), linewidth=1.2, linestyle=(0, (4, 3)), zorder=1
     )
@@ -145,28 +163,46 @@ def gains(summary: Figures) -> Markup | None:
     dot(axes, 0, 0, "sft", 9)
     _note(axes, 0, 0, "SFT", "sft", (9, -10), "left", bold=True)
     axes.set_xlim(right=largest * 1.22)
-    label_axes(figure, axes, "proxy gain over SFT", "gold gain over SFT")
+    unit = ", SD of SFT samples" if spreads(summary) else ""
+    label_axes(figure, axes, f"proxy gain over SFT{unit}", f"gold gain over SFT{unit}")
     return svg(figure, "gains", "Gain in gold against gain in proxy, over the SFT policy")
 
 
 def _note(
-    axes: Axes, x: float, y: float, text: str, role: str, offset: tuple[float, float], align: str, bold: bool = False
+    axes: Axes,
+    x: float,
+    y: float,
+    text: str,
+    role: str,
+    offset: tuple[float, float],
+    align: str,
+    *,
+    bold: bool = False,
+    size: float = 12,
 ) -> None:
     """A label beside a point, `offset` pixels away."""
     axes.annotate(
-        visible(text, keep=""), (x, y), offset, textcoords="offset points", ha=align, color=colour(role), fontsize=12,
-        fontweight="bold" if bold else "normal", zorder=6, annotation_clip=False,
-    )  # fmt: skip
+        visible(text, keep=""),
+        (x, y),
+        offset,
+        textcoords="offset points",
+        ha=align,
+        color=colour(role),
+        fontsize=size,
+        fontweight="bold" if bold else "normal",
+        zorder=6,
+        annotation_clip=False,
+    )
 
 
 # ------------------------------------------------------------ curves
 
 
-def curve(line: Curve, name: str, role: str = "accent", height: float = 150, zero: bool = False) -> Markup:
+def curve(line: Curve, name: str, role: str = "accent", height: float = 150) -> Markup:
     """One metric over steps: every value faint, a centred moving mean strong; long curves as means with their range."""
     figure, axes = canvas(280, height, left=40, right=10, top=8, bottom=24)
     x, y = np.asarray(line.step), np.asarray(line.value)
-    if len(x) > POINTS:
+    if len(x) > 2 * POINTS:
         x, y, low, high = stretches(x, y)
         axes.fill_between(x, low, high, color=colour(role), alpha=0.18, linewidth=0)
     faint = len(x) >= 12
@@ -175,7 +211,7 @@ def curve(line: Curve, name: str, role: str = "accent", height: float = 150, zer
         axes.plot(x, smooth(y), color=colour(role), linewidth=2)
     elif len(x) < 6:
         axes.plot(x, y, "o", color=colour(role), markersize=4)
-    if zero or (y.min() < 0 < y.max()):
+    if y.min() < 0 < y.max():
         axes.axhline(0, color=colour("muted"), linewidth=0.9)
     if np.ptp(y) == 0:  # a flat line would make an axis of meaningless small differences
         room = max(abs(float(y[0])) * 0.1, 1e-3)
@@ -229,23 +265,6 @@ def spark(line: Curve, name: str, role: str) -> Markup:
 
 
 # ------------------------------------------------------------ one number with its interval
-
-
-def parts(rows: Sequence[tuple[str, float]]) -> Markup:
-    """How a total is made up, as horizontal bars with their numbers: for the strip of steps."""
-    rows = sorted(rows, key=lambda row: -row[1])[:3]
-    figure, axes = canvas(200, 84, left=4, right=44, top=0, bottom=0)
-    quiet(axes, grid="")
-    axes.spines["bottom"].set_visible(False)
-    fixed_ticks(axes, [], [])
-    for at, (name, value) in enumerate(rows):
-        axes.barh(-at, value, height=0.36, color=colour("accent"), alpha=0.75)
-        _note(axes, value, -at, count(value), "ink", (5, -4), "left")
-        short = name if len(name) <= 34 else f"{name[:32].rstrip()}…"
-        _note(axes, 0, -at, short, "muted", (0, 9), "left")
-    axes.set_ylim(-len(rows) + 0.55, 0.95)
-    axes.set_xlim(0, max((value for _, value in rows), default=0) or 1)
-    return svg(figure, "ledger", "Labels paid for, by what they were spent on")
 
 
 def accuracy(rm: Figures, name: str, width: float, height: float) -> Markup:

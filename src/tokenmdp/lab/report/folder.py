@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tokenmdp.lab.stats import Interval
+from tokenmdp.stats import Interval
 
 STAGES = ("sft", "reward_model", "ppo")  # sub-folders a demo has; any other with a metrics.jsonl is shown too
 NUMBERS = ("advantage", "kl", "reward")  # what a token may carry
@@ -105,6 +105,7 @@ class RunFolder:
         config, result: config.json and result.json, empty where missing.
         curves: the metrics of the folder itself ("") and of its sub-folders, by sub-folder and metric name.
         last: the last lines of metrics.jsonl, as they are.
+        log: the last lines of log.txt.
         samples: the responses of samples.jsonl.
         notes: sentences about what could not be read.
     """
@@ -115,6 +116,7 @@ class RunFolder:
     result: Mapping[str, Any]
     curves: dict[str, dict[str, Curve]]
     last: list[Mapping[str, Any]]
+    log: list[str]
     samples: list[Sample]
     notes: list[str] = field(default_factory=list)
 
@@ -146,6 +148,7 @@ def read(folder: str | Path) -> RunFolder:
         result=result,
         curves={where: found for where, rows in lines.items() if (found := _curves(rows))},
         last=lines.get("", [])[-12:],
+        log=_tail(path / "log.txt"),
         samples=samples,
         notes=notes,
     )
@@ -196,6 +199,10 @@ def _lines(path: Path, notes: list[str], root: Path) -> list[Mapping[str, Any]]:
         where = ", ".join(map(str, broken[:5])) + (", ..." if len(broken) > 5 else "")
         notes.append(f"{len(broken)} line(s) of {path.relative_to(root).as_posix()} could not be read (line {where}).")
     return rows
+
+
+def _tail(path: Path, most: int = 40) -> list[str]:
+    return [line.rstrip("\n") for _, line in _numbered(path)][-most:] if path.is_file() else []
 
 
 def _numbered(path: Path) -> Iterator[tuple[int, str]]:

@@ -1,8 +1,8 @@
 """Charts as inline SVG that follow the page: its fonts, its colours, its light and its dark.
 
 matplotlib does the geometry. Colours are drawn as stand-in hex values, one for each role a colour can play, and become
-CSS variables afterwards, so the reader's colour scheme decides what they look like. Text stays text (selectable, and set
-in the page's font). Ids are prefixed with the chart's name, so that many charts can live in one page.
+CSS variables afterwards, so the reader's colour scheme decides what they look like. Text stays text (selectable, and in
+the page's font). Ids are prefixed with the chart's name, so that many charts can live in one page.
 """
 
 from __future__ import annotations

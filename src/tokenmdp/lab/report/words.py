@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from markupsafe import Markup, escape
 
-from tokenmdp.lab.stats import Interval
+from tokenmdp.stats import Interval
 
 NONE = "–"  # where there is no number
 

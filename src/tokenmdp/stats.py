@@ -133,7 +133,7 @@ def calibration(prob: ArrayLike, outcome: ArrayLike, bins: int = 10) -> tuple[fl
         ECE = Σ_bins (count/N) · |mean outcome − mean prob|
 
     Bins have equal widths over [0, 1]; empty bins are left out. For preferences, orient each pair without looking at
-    the answer (say, first response against second): with "chosen" always first every outcome is 1 and nothing is measured.
+    the answer (say, first response against second): with "chosen" always first every outcome is 1, which says nothing.
     With N of few hundred an ECE of a few hundredths is noise: it is biased upwards.
 
     Args:
@@ -274,8 +274,8 @@ def distinct_n(texts: Sequence[str] | Sequence[Sequence[int]], n: int) -> float:
     Raises:
         ValueError: when n < 1, or no response has n tokens.
 
-    Source: Li et al. 2016 (distinct-1 and distinct-2). Differs: divided by the number of n-grams, not of tokens, so that
-    1 can be reached.
+    Source: Li et al. 2016 (distinct-1 and distinct-2). Differs: divided by the number of n-grams, not of tokens, so
+    that 1 can be reached.
     """
     if n < 1:
         raise ValueError(f"n = {n}: an n-gram has at least one token")

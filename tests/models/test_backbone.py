@@ -1,0 +1,163 @@
+"""Which weights train, which are shared, and that a twin starts equal and never touches its original."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import ragged, tiny
+from torch import nn
+
+from tokenmdp.learner import Learner
+from tokenmdp.models.backbone import Backbone, blocks, compute_dtype
+from tokenmdp.models.policy import Policy
+from tokenmdp.types import Batch
+
+SPECS = ["all", "top-1", "lora-4"]
+
+
+@pytest.fixture(params=["llama", "gpt2", "neox"])
+def policy(request: pytest.FixtureRequest) -> Policy:
+    return tiny(request.param)
+
+
+def improve(policy: Policy, batch: Batch, steps: int = 2) -> None:
+    """A few steps of imitation at a rate that changes every weight visibly."""
+    learner = Learner(policy, 1e-2)
+    for _ in range(steps):
+        learner.step(lambda part: (-policy.evaluate(part)["logp"], {}), batch, batch.action.float())
+
+
+def storages(backbone: Backbone) -> dict[str, int]:
+    return {name.replace(".base_layer", ""): p.data_ptr() for name, p in backbone.model.named_parameters()}
+
+
+@pytest.mark.parametrize("train", SPECS)
+def test_a_twin_starts_bit_equal(policy: Policy, train: str) -> None:
+    b = ragged()
+    assert torch.equal(policy.twin(train).evaluate(b)["logp"], policy.evaluate(b)["logp"])
+
+
+@pytest.mark.parametrize("train", SPECS)
+def test_training_a_twin_never_changes_the_original(policy: Policy, train: str) -> None:
+    b = ragged()
+    before, print_before = policy.evaluate(b)["logp"], policy.fingerprint()
+    twin = policy.twin(train)
+    improve(twin, b)
+    assert not torch.equal(twin.evaluate(b)["logp"], before)
+    assert torch.equal(policy.evaluate(b)["logp"], before)
+    assert policy.fingerprint() == print_before != twin.fingerprint()
+
+
+def test_all_shares_nothing_and_trains_everything(policy: Policy) -> None:
+    twin = policy.twin("all")
+    assert not set(storages(twin.backbone).values()) & set(storages(policy.backbone).values())
+    assert all(p.requires_grad for p in twin.model.parameters())
+    assert not any(p.requires_grad for p in policy.model.parameters())
+
+
+def test_tied_embeddings_stay_tied_in_a_twin() -> None:
+    for train in SPECS:
+        twin = tiny("llama").twin(train)
+        assert twin.model.get_output_embeddings().weight is twin.model.get_input_embeddings().weight
+
+
+def test_top_trains_the_last_blocks_and_the_final_norm_and_shares_the_rest(policy: Policy) -> None:
+    twin = policy.twin("top-1")
+    last = {id(p) for p in blocks(twin.backbone.body)[-1].parameters()}
+    trained = dict(twin.trained())
+    assert last < {id(p) for p in trained.values()}
+    outside = [name for name, p in trained.items() if id(p) not in last]
+    assert outside
+    assert all(name.rsplit(".", 2)[-2] in ("norm", "ln_f", "final_layer_norm") for name in outside)
+    theirs, ours = storages(policy.backbone), storages(twin.backbone)
+    assert {name for name in ours if ours[name] != theirs[name]} == set(trained)
+
+
+def test_adapters_share_every_weight_of_the_original(policy: Policy) -> None:
+    twin = policy.twin("lora-4")
+    theirs, ours = storages(policy.backbone), storages(twin.backbone)
+    assert {name: ours[name] for name in theirs} == theirs
+    assert set(ours) - set(theirs) == set(dict(twin.trained()))
+    assert all("lora_" in name and p.shape[0 if "lora_A" in name else 1] == 4 for name, p in twin.trained())
+
+
+@pytest.mark.parametrize("train", ["head", "none"])
+def test_a_twin_without_training_body_shares_all_of_it(policy: Policy, train: str) -> None:
+    twin = policy.twin(train)
+    assert list(twin.trained()) == []
+    assert storages(twin.backbone) == storages(policy.backbone)
+
+
+def test_making_adapters_leaves_torchs_own_random_stream_alone(policy: Policy) -> None:
+    before = torch.get_rng_state()
+    a, b = policy.twin("lora-2"), policy.twin("lora-2")
+    assert torch.equal(torch.get_rng_state(), before)
+    for (_, x), (_, y) in zip(a.trained(), b.trained(), strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("train", ["none", *SPECS])
+def test_a_twin_of_trained_adapters_starts_from_them(policy: Policy, train: str, tmp_path: Path) -> None:
+    b = ragged()
+    first = policy.twin("lora-2")
+    improve(first, b)
+    want = first.evaluate(b)["logp"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # peft warns when adapters are laid upon adapters
+        warnings.filterwarnings("ignore", message="fan_in_fan_out")
+        second = first.twin(train)
+    assert torch.allclose(second.evaluate(b)["logp"], want, atol=1e-5)
+    assert torch.equal(second.evaluate(b)["logp"], first.evaluate(b)["logp"])
+    assert torch.allclose(policy.evaluate(b)["logp"], tiny(policy.name).evaluate(b)["logp"]), "the first of all changed"
+
+
+@pytest.mark.parametrize("train", ["none", "all", "top-1", "lora-2"])
+def test_what_is_written_has_no_adapters(policy: Policy, train: str) -> None:
+    b = ragged()
+    first = policy.twin("lora-2")
+    improve(first, b)
+    twin = first.twin(train)
+    plain = twin.backbone.merged()
+    assert [n for n, _ in plain.named_parameters()] == [n for n, _ in tiny(policy.name).model.named_parameters()]
+    loaded = Policy(plain, policy.tokenizer, compute="float32")
+    assert torch.allclose(loaded.evaluate(b)["logp"], twin.evaluate(b)["logp"], atol=1e-5)
+
+
+@pytest.mark.parametrize("train", ["", "top", "top-0", "lora-0", "top-x", "everything", "lora-4 "])
+def test_an_unknown_spec_is_named(train: str) -> None:
+    with pytest.raises(ValueError, match="it must be all, top-N"):
+        tiny("llama").twin(train)
+
+
+def test_more_blocks_than_there_are_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"'top-9', but the model has 3 blocks"):
+        tiny("llama").twin("top-9")
+
+
+def test_a_body_without_blocks_says_so() -> None:
+    with pytest.raises(ValueError, match="no list of blocks"):
+        blocks(nn.Linear(2, 2))
+
+
+def test_the_fingerprint_sees_one_bit_and_nothing_else(policy: Policy) -> None:
+    first = policy.fingerprint()
+    assert len(first) == 16
+    assert int(first, 16) >= 0
+    assert tiny(policy.name).fingerprint() == first
+    assert tiny(policy.name, seed=1).fingerprint() != first
+    weight = next(policy.model.parameters())
+    with torch.no_grad():
+        weight.view(torch.int32)[(0,) * weight.dim()] ^= 1
+    assert policy.fingerprint() != first
+
+
+def test_compute_types_are_named_or_refused() -> None:
+    cpu = torch.device("cpu")
+    assert compute_dtype("float32", cpu) == torch.float32
+    assert compute_dtype("bfloat16", cpu) == torch.bfloat16
+    assert compute_dtype("auto", cpu) in (torch.float32, torch.bfloat16)
+    with pytest.raises(ValueError, match="compute is 'float16'"):
+        compute_dtype("float16", cpu)
