@@ -1,8 +1,9 @@
 # The whole project from a fresh clone; every target first builds .venv if it is missing or out of date.
 #
 #   make demo               RLHF end to end on a real model       make demo SIZE=tiny     the same steps in a minute
-#   make test               lint, types, tests, the tiny demo     make bench QUICK=1      measurements beside peers
-#   make lint               style and types alone                 make clean              remove what make made
+#   make test               lint, types, tests, the tiny demo     make lint, make unit    parts of it
+#   make bench              measurements beside peers             make bench QUICK=1      to see that they work
+#   make results            the demo at three seeds               make clean              remove what make made
 #
 # Another interpreter: make PYTHON=python3.12 demo        More options for the demo: make demo ARGS="--resume"
 
@@ -17,7 +18,7 @@ BIN         := .venv/bin
 INSTALLED   := .venv/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint unit demo-tiny bench clean
+.PHONY: help demo test lint unit demo-tiny bench results clean
 .DELETE_ON_ERROR:
 
 help:
@@ -52,7 +53,10 @@ demo-tiny: $(INSTALLED)
 
 bench: $(INSTALLED)
 	@mkdir -p runs/bench
-	for file in bench/*.py; do $(BIN)/python $$file $(if $(QUICK),--quick) --json runs/bench/$$(basename $$file .py).json; done
+	for name in rollout learner; do $(BIN)/python bench/$$name.py $(if $(QUICK),--quick --json runs/bench,--json docs/results)/$$name.json; done
+
+results: $(INSTALLED)
+	$(BIN)/python bench/demo.py --seeds 0 1 2 --json docs/results/demo.json
 
 clean:
 	rm -rf .venv build src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis runs/bench runs/demo-tiny

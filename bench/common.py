@@ -1,7 +1,7 @@
 """What the benches share: runs that alternate, medians, a table, one JSON file.
 
-Two programs timed one after the other meet two different machines: another process wakes up, the clock changes. So the sides of a
-bench take turns, A B A B, in one process, and what is reported is the median of each side and their ratio.
+Two programs timed one after the other meet two different machines: another process wakes up, the clock changes. So the
+sides of a bench take turns, A B A B, in one process, and what is reported is the median of each side and their ratio.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ FULL_RUNS, QUICK_RUNS = 5, 3
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The flags every bench takes."""
     out = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    out.add_argument("--quick", action="store_true", help=f"{QUICK_RUNS} short runs a side: to see that it works, not to quote")
+    out.add_argument(
+        "--quick", action="store_true", help=f"{QUICK_RUNS} short runs a side: to see that it works, not to quote"
+    )
     out.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     return out
 
@@ -40,9 +42,13 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 def model_flags(out: argparse.ArgumentParser) -> None:
     """The flags of the benches that run a model of their own."""
     out.add_argument("--model", default="smollm2-135m-instruct", help="a name, a folder or a hub id")
-    out.add_argument("--compute", default="auto", choices=("auto", "float32", "bfloat16"), help="type of the matrix products")
+    out.add_argument(
+        "--compute", default="auto", choices=("auto", "float32", "bfloat16"), help="type of the matrix products"
+    )
     out.add_argument("--threads", type=int, default=0, help="threads of torch; 0 leaves torch's choice")
-    out.add_argument("--runs", type=int, default=0, help=f"runs a side; 0 means {FULL_RUNS}, or {QUICK_RUNS} with --quick")
+    out.add_argument(
+        "--runs", type=int, default=0, help=f"runs a side; 0 means {FULL_RUNS}, or {QUICK_RUNS} with --quick"
+    )
 
 
 def runs_of(args: argparse.Namespace) -> int:
@@ -102,7 +108,8 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """The versions, torch's threads and compute type, and whether this machine multiplies bfloat16 matrices in hardware."""
+    """The versions, torch's threads and compute type, and whether this machine multiplies bfloat16 matrices in
+    hardware."""
     compute = compute_dtype("auto", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return {
         "versions": versions(),
@@ -143,5 +150,7 @@ def show(title: str, rows: Mapping[str, Mapping[str, Any]], ours: str, peer: str
         shown.add_column(name, justify="left" if name == "unit" else "right")
     for name, r in rows.items():
         if not name.startswith("_"):
-            shown.add_row(name, f"{r['ours']:,.1f}", f"{r['peer']:,.1f}", r["unit"], f"{r['ratio']:.2f}", str(r["runs"]))
+            shown.add_row(
+                name, f"{r['ours']:,.1f}", f"{r['peer']:,.1f}", r["unit"], f"{r['ratio']:.2f}", str(r["runs"])
+            )
     Console(width=None if sys.stdout.isatty() else 120).print(shown)

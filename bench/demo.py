@@ -2,14 +2,14 @@
 
     python bench/demo.py --seeds 0 1 2 --json docs/results/demo.json
 
-Each seed is `tokenmdp demo` in a process of its own, one after the other, in runs/demo-seed-N. A seed that is finished is not run
-again, and one that was killed goes on where it stopped; --fresh begins all of them anew. The figures are read from each run's
-summary.json and judged by thresholds that were stated before any run:
+Each seed is `tokenmdp demo` in a process of its own, one after the other, in runs/demo-seed-N. A seed that is finished
+is not run again, and one that was killed goes on where it stopped; --fresh begins all of them anew. The figures are
+read from each run's summary.json and judged by thresholds that were stated before any run:
 
-    ppo_minus_sft   at every seed the 95 % interval of PPO's gold score minus SFT's lies above 0 (paired by held-out prefix)
+    ppo_minus_sft   at every seed the 95 % interval of PPO's gold score minus SFT's, paired by held-out prefix, is above 0
     kl_nats         at every seed the KL of PPO to SFT is below 20 nats a response
-    minutes         at every seed the job takes at most 15 minutes, downloads apart, on two cores with bfloat16 matrix units
-                    (`matrix_units` says whether this machine has them; without them the figure is no verdict on the promise)
+    minutes         at every seed the job takes at most 15 minutes, downloads apart, on two cores with bfloat16 matrix
+                    units; `matrix_units` says whether this machine has them: without, the figure is no verdict
     peak_gb         at every seed memory peaks at 8 GB or less
 """
 
@@ -23,9 +23,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import common
 from rich.console import Console
 from rich.table import Table
+
+import common
 
 KL_BELOW, MINUTES_AT_MOST, GB_AT_MOST = 20.0, 15.0, 8.0
 THRESHOLDS = {
@@ -86,10 +87,14 @@ def run_seed(folder: Path, size: str, seed: int, fresh: bool) -> dict[str, Any]:
     line = [sys.executable, "-m", "tokenmdp", "demo", "--size", size, "--seed", str(seed), "--out", str(folder), how]
     code = subprocess.run(line, check=False).returncode
     if code != 0:
-        raise RuntimeError(f"seed {seed} ended with code {code}; its log is {folder / 'log.txt'}; the same command goes on from there")
+        raise RuntimeError(
+            f"seed {seed} ended with code {code}; its log is {folder / 'log.txt'}; the same command goes on from there"
+        )
     found = finished(folder, size, seed)
     if found is None:
-        raise RuntimeError(f"seed {seed} left no figures of its own in {folder / 'summary.json'}: run it again with --fresh")
+        raise RuntimeError(
+            f"seed {seed} left no figures of its own in {folder / 'summary.json'}: run it again with --fresh"
+        )
     return found
 
 
@@ -102,13 +107,17 @@ def show(results: Mapping[str, Any]) -> None:
         low, high = s["ppo_minus_sft_ci"]
         golds = [f"{s[name]:.2f}" for name in ("gold_sft", "gold_bon", "gold_ppo")]
         interval, accuracy = f"{low:.2f} to {high:.2f}", f"{s['rm_accuracy']:.2f}"
-        table.add_row(seed, *golds, interval, f"{s['kl_nats']:.1f}", accuracy, f"{s['minutes']:.1f}", f"{s['peak_gb']:.1f}")
+        table.add_row(
+            seed, *golds, interval, f"{s['kl_nats']:.1f}", accuracy, f"{s['minutes']:.1f}", f"{s['peak_gb']:.1f}"
+        )
     console = Console(width=None if sys.stdout.isatty() else 110)
     console.print(table)
     for name, passed in results["passed"].items():
         console.print(f"{'passed' if passed else 'FAILED'}: {name}, {results['thresholds'][name]}", highlight=False)
     if not results["matrix_units"]:
-        console.print("this machine has no bfloat16 matrix units: `minutes` is no verdict on the promise", highlight=False)
+        console.print(
+            "this machine has no bfloat16 matrix units: `minutes` is no verdict on the promise", highlight=False
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

@@ -1,14 +1,17 @@
-"""The learner: tokens a second of an SFT update and of a PPO update, and what share of the machine's matrix peak they reach.
+"""The learner: tokens a second of an SFT update and of a PPO update, and what share of the machine's matrix peak they
+reach.
 
     python bench/learner.py --json docs/results/learner.json
 
-An update is `Learner.step` on one batch: forward, backward, clipping, Adam. SFT has the loss on almost every token; PPO (the actor)
-on the second half of each row, and only those positions are projected to the vocabulary. `train=top-10` trains the last ten blocks.
+An update is `Learner.step` on one batch: forward, backward, clipping, Adam. SFT has the loss on almost every token; PPO
+(the actor) on the second half of each row, and only those positions are projected to the vocabulary. `train=top-10`
+trains the last ten blocks.
 
-Work is counted where it is done, at each linear layer as it runs: 2·in·out a position forwards, the same again for the gradient of
-its weight where that trains, and again for the gradient of its input where that is needed. Attention, norms, the embedding and Adam
-take time but count as nothing, so the share is a lower bound. The peak is a 2048-cubed product of two matrices of the same type in
-the same run, taking turns with the update. Every row of the batch has one length: no position is padding.
+Work is counted where it is done, at each linear layer as it runs: 2·in·out a position forwards, the same again for the
+gradient of its weight where that trains, and again for the gradient of its input where that is needed. Attention,
+norms, the embedding and Adam take time but count as nothing, so the share is a lower bound. The peak is a 2048-cubed
+product of two matrices of the same type in the same run, taking turns with the update. Every row of the batch has one
+length: no position is padding.
 """
 
 from __future__ import annotations
@@ -19,10 +22,10 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import common
 import torch
 from torch import Tensor, nn
 
+import common
 from tokenmdp.functional import imitation, policy_loss, weights
 from tokenmdp.learner import Learner
 from tokenmdp.models import catalog
@@ -34,7 +37,9 @@ SIDE = 2048  # of the square matrices whose product is the peak
 
 def batch_of(policy: Policy, rows: int, prefix: int, response: int) -> Batch:
     """Random tokens: the work of a learner does not depend on what it reads."""
-    picked = torch.randint(policy.model.config.vocab_size, (rows, prefix + response), generator=torch.Generator().manual_seed(0)).tolist()
+    picked = torch.randint(
+        policy.model.config.vocab_size, (rows, prefix + response), generator=torch.Generator().manual_seed(0)
+    ).tolist()
     return Batch.build(
         [Prompt(tuple(ids[:prefix]), "", row=i) for i, ids in enumerate(picked)],
         [ids[prefix:] for ids in picked],
@@ -85,7 +90,9 @@ def ppo_update(policy: Policy, rows: int, length: int) -> tuple[Loss, Batch, dic
     return loss, data, {"advantage": advantage, "logp_old": logp_old}
 
 
-def update_once(learner: Learner, loss: Loss, data: Batch, weight: Tensor, columns: dict[str, Tensor], work: float) -> float:
+def update_once(
+    learner: Learner, loss: Loss, data: Batch, weight: Tensor, columns: dict[str, Tensor], work: float
+) -> float:
     """One optimiser step; gives its GFLOP."""
     learner.step(loss, data, weight, **columns)
     return work
@@ -108,7 +115,8 @@ def peak_product(policy: Policy, side: int) -> Callable[[], float]:
 
 
 def measure(start: Policy, runs: int, quick: bool) -> dict[str, Any]:
-    """All rows: each update at train=all and at the top ten blocks (or all blocks but one, of a model that has fewer)."""
+    """All rows: each update at train=all and at the top ten blocks (or all blocks but one, of a model that has
+    fewer)."""
     rows, length = (4, 64) if quick else (16, 112)
     top = min(10, max(1, int(start.model.config.num_hidden_layers) - 1))
     out: dict[str, Any] = {}
@@ -127,7 +135,11 @@ def measure(start: Policy, runs: int, quick: bool) -> dict[str, Any]:
             rates = common.alternate({"ours": step, "peer": peak_product(start, 256 if quick else SIDE)}, runs, name)
             found = common.row(rates["ours"], rates["peer"], "GFLOP/s")
             tokens = float(data.length.sum())
-            out[name] = {**found, "tokens_per_s": round(found["ours"] / work * tokens, 1), "gflop_per_token": round(work / tokens, 6)}
+            out[name] = {
+                **found,
+                "tokens_per_s": round(found["ours"] / work * tokens, 1),
+                "gflop_per_token": round(work / tokens, 6),
+            }
     return out
 
 
@@ -140,7 +152,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     start = catalog.load(args.model, compute=args.compute).freeze()
     runs = common.runs_of(args)
     rows = measure(start, runs, args.quick)
-    rows["_meta"] = {**common.meta(start, runs), "peak": f"{SIDE}-cubed matrix product" if not args.quick else "256-cubed"}
+    rows["_meta"] = {
+        **common.meta(start, runs),
+        "peak": f"{SIDE}-cubed matrix product" if not args.quick else "256-cubed",
+    }
     common.write(args.json, rows)
     common.show(f"learner, {start.name}, {rows['_meta']['compute']}", rows, "update", "peak", "share")
     for name, r in rows.items():

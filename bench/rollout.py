@@ -2,12 +2,14 @@
 
     python bench/rollout.py --json docs/results/rollout.json
 
-Both sides draw at temperature 1 from the whole vocabulary, in the same compute type. In the rows that do not say otherwise nothing
-stops at an end-of-text token, so both sides produce the same number of tokens. `generate` runs as its users would run it for speed:
-its own cache, `sdpa` attention, several samples of a prompt through `num_return_sequences`, and, where matrix products are bfloat16,
-a model whose weights were converted to bfloat16 beforehand. Our side also returns the log-probability of every token it drew.
+Both sides draw at temperature 1 from the whole vocabulary, in the same compute type. In the rows that do not say
+otherwise nothing stops at an end-of-text token, so both sides produce the same number of tokens. `generate` runs as its
+users would run it for speed: its own cache, `sdpa` attention, several samples of a prompt through
+`num_return_sequences`, and, where matrix products are bfloat16, a model whose weights were converted to bfloat16
+beforehand. Our side also returns the log-probability of every token it drew.
 
-The unit is response tokens a second, prompts read included; with stopping only tokens up to the end of each response count.
+The unit is response tokens a second, prompts read included; with stopping only tokens up to the end of each response
+count.
 """
 
 from __future__ import annotations
@@ -18,11 +20,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import common
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
+import common
 from tokenmdp.models import catalog
 from tokenmdp.models.policy import Policy
 from tokenmdp.models.sampling import Sampling
@@ -53,7 +54,11 @@ class Shape:
     @property
     def name(self) -> str:
         rows = f"{self.prompts * self.samples} rows x {self.new_tokens} new tokens"
-        what = f"{self.prompts} prompts x {self.samples} samples" if self.samples > 1 else f"{self.prompts} distinct prompts"
+        what = (
+            f"{self.prompts} prompts x {self.samples} samples"
+            if self.samples > 1
+            else f"{self.prompts} distinct prompts"
+        )
         return f"{rows}, {what}, " + ("rows leave at EOS" if self.stop else f"{self.prompt_tokens}-token prompts")
 
 
@@ -70,8 +75,18 @@ def prompts_of(shape: Shape, policy: Policy) -> list[Prompt]:
         asked = [QUESTIONS[i % len(QUESTIONS)] for i in range(shape.prompts)]
         return [policy.prompt([{"role": "user", "content": q}] if chat else q, row=i) for i, q in enumerate(asked)]
     allowed = torch.tensor([i for i in range(len(policy.tokenizer)) if i not in policy.tokenizer.all_special_ids])
-    picked = allowed[torch.randint(len(allowed), (shape.prompts, shape.prompt_tokens), generator=torch.Generator().manual_seed(0))]
+    picked = allowed[
+        torch.randint(len(allowed), (shape.prompts, shape.prompt_tokens), generator=torch.Generator().manual_seed(0))
+    ]
     return [Prompt(tuple(ids), policy.decode(ids), row=i) for i, ids in enumerate(picked.tolist())]
+
+
+def peer_model(policy: Policy) -> Any:
+    """The same model for `generate`: its weights in the type our side computes in."""
+    if policy.backbone.compute == torch.float32:
+        return policy.model
+    model: Any = copy.deepcopy(policy.model)
+    return model.to(policy.backbone.compute)
 
 
 def ours(policy: Policy, prompts: Sequence[Prompt], shape: Shape) -> Callable[[], float]:
@@ -85,10 +100,12 @@ def ours(policy: Policy, prompts: Sequence[Prompt], shape: Shape) -> Callable[[]
     return run
 
 
-def peer(policy: Policy, model: PreTrainedModel, prompts: Sequence[Prompt], shape: Shape) -> Callable[[], float]:
+def peer(policy: Policy, model: Any, prompts: Sequence[Prompt], shape: Shape) -> Callable[[], float]:
     """One `generate` call; gives the tokens it drew, up to the end of each response."""
     width = max(len(p.ids) for p in prompts)
-    tokens = torch.tensor([[policy.eos_ids[0]] * (width - len(p.ids)) + list(p.ids) for p in prompts], device=policy.device)
+    tokens = torch.tensor(
+        [[policy.eos_ids[0]] * (width - len(p.ids)) + list(p.ids) for p in prompts], device=policy.device
+    )
     mask = torch.tensor([[0] * (width - len(p.ids)) + [1] * len(p.ids) for p in prompts], device=policy.device)
     # generate() fills a missing eos_token_id from the model, so "never" is an id that no logit stands for
     ends = list(policy.eos_ids) if shape.stop else [policy.model.config.vocab_size]
@@ -118,13 +135,6 @@ def useful(response: Tensor, ends: Sequence[int]) -> int:
     return int((end.cumsum(-1) - end.long() == 0).sum())
 
 
-def peer_model(policy: Policy) -> PreTrainedModel:
-    """The same model for `generate`: its weights in the type our side computes in."""
-    if policy.backbone.compute == torch.float32:
-        return policy.model
-    return copy.deepcopy(policy.model).to(policy.backbone.compute)
-
-
 def measure(policy: Policy, runs: int, quick: bool) -> dict[str, Any]:
     """All rows.
 
@@ -150,7 +160,9 @@ def exactly(want: int, name: str, run: Callable[[], float]) -> Callable[[], floa
     def checked() -> float:
         got = run()
         if got != want:
-            raise RuntimeError(f"{name} drew {got:.0f} tokens where {want} were asked for: the two sides cannot be compared")
+            raise RuntimeError(
+                f"{name} drew {got:.0f} tokens where {want} were asked for: the two sides cannot be compared"
+            )
         return got
 
     return checked

@@ -166,8 +166,8 @@ def test_these_checks_see_what_is_wrong(tmp_path: Path):
         "# A title, with `code`\n[good](#a-title-with-code) [bad](#none) ![bad](gone.png) [web](https://x.y/z)\n"
         "```sh\n$ make demo SIZE=tiny\nmake PYTHON=x lint\n.venv/bin/tokenmdp ppo --seed 1\n[no](link.md)\n```\n"
         "To make sure, `tokenmdp fly` and `make tea`.\n"
-        "```\nsrc/tokenmdp/   the package\n  types.py      things\n                and words\n  models/\n    policy.py\n"
-        "docs/\n  none.md\n```\n"
+        "```\nsrc/tokenmdp/   the package\n  types.py      things\n                and words\n"
+        "  models/\n    policy.py\ndocs/\n  none.md\n```\n"
     )
     text = page.read_text()
     assert broken_links(page) == [

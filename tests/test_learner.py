@@ -1,4 +1,6 @@
-"""One optimiser step is one gradient, however the batch is cut; a bad loss changes nothing; a restored learner goes on bit for bit."""
+"""One optimiser step is one gradient, however the batch is cut; a bad loss changes nothing; a restored learner goes
+on bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import ragged, tiny
 from torch import Tensor, nn
 
+from tiny_models import ragged, tiny
 from tokenmdp.functional import weights
 from tokenmdp.learner import Learner, NonFiniteLoss
 from tokenmdp.models.policy import Policy
@@ -60,7 +62,8 @@ def advantages(b: Batch) -> Tensor:
     return torch.where(b.action, noise, torch.zeros_like(noise))
 
 
-# -- one gradient -----------------------------------------------------------------------------------------------------------
+# -- one gradient
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("weigh", [weights.per_token, weights.per_sequence], ids=["per_token", "per_sequence"])
@@ -151,7 +154,9 @@ def test_a_row_without_weight_teaches_nothing_and_may_be_anything(b: Batch) -> N
     learner = Learner(one, 1.0)
     w = weights.per_row(torch.arange(9) != 2, dtype=torch.float64)
     offset = torch.where(torch.arange(9) == 2, torch.nan, 0.0).double()
-    totals = learner.gradient(lambda part, offset: (one.x.expand(len(part)) + offset, {"offset": offset}), b, w, offset=offset)
+    totals = learner.gradient(
+        lambda part, offset: (one.x.expand(len(part)) + offset, {"offset": offset}), b, w, offset=offset
+    )
     assert totals == pytest.approx({"loss": 1.0, "offset": 0.0})
     assert float(gradients(learner)["x"]) == pytest.approx(1.0)
 
@@ -162,7 +167,8 @@ def test_a_loss_that_is_already_reduced_is_refused(b: Batch) -> None:
         Learner(one, 1.0).gradient(lambda part: (one.x.sum(), {}), b, weights.per_row(9))
 
 
-# -- one step ---------------------------------------------------------------------------------------------------------------
+# -- one step
+# ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, 0.5, 100.0])
@@ -184,7 +190,9 @@ def test_a_step_is_adam_on_the_clipped_gradient(policy: Policy, b: Batch, clip_n
         adam.step()
         metrics = learner.step(loss, b, w)
         assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-9)
-        assert_equal({n: p.detach() for n, p in learner.named.items()}, {n: p.detach() for n, p in copies.items()}, 1e-9)
+        assert_equal(
+            {n: p.detach() for n, p in learner.named.items()}, {n: p.detach() for n, p in copies.items()}, 1e-9
+        )
 
 
 def test_the_gradient_is_clipped_as_a_whole(b: Batch) -> None:
@@ -216,7 +224,8 @@ def test_a_constant_rate_rises_once_and_stays(b: Batch) -> None:
     assert [learner.step(one.slope, b, w, slope=slope)["learning_rate"] for _ in range(4)] == [0.5, 1.0, 1.0, 1.0]
 
 
-# -- bad losses -------------------------------------------------------------------------------------------------------------
+# -- bad losses
+# -------------------------------------------------------------------------------------------------------------
 
 
 def snapshot(learner: Learner) -> dict[str, Tensor]:
@@ -240,7 +249,9 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_names_its_rows(policy: Po
     learner.step(loss, b, w, factor=factor)
     before = snapshot(learner)
     factor[5] = bad
-    with pytest.raises(NonFiniteLoss, match=r"not finite on rows \[5\] of the batch at optimiser step 1; no weight was changed"):
+    with pytest.raises(
+        NonFiniteLoss, match=r"not finite on rows \[5\] of the batch at optimiser step 1; no weight was changed"
+    ):
         learner.step(loss, b, w, factor=factor)
     assert_bit_equal(snapshot(learner), before)
     assert learner.taken == 1
@@ -263,7 +274,8 @@ def test_a_gradient_that_is_not_finite_changes_nothing(b: Batch) -> None:
     assert one.x.grad is None
 
 
-# -- checkpoints ------------------------------------------------------------------------------------------------------------
+# -- checkpoints
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("train", ["all", "top-1", "lora-2"])

@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 from jaxtyping import config
-from tiny_models import batch, prompt, ragged
 
+from tiny_models import batch, prompt, ragged
 from tokenmdp.types import Batch, Pairs, Prompt, Score
 
 
@@ -26,7 +26,7 @@ def unhooked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_prompt_needs_a_token() -> None:
-    with pytest.raises(ValueError, match="row 7.*has no tokens"):
+    with pytest.raises(ValueError, match=r"row 7.*has no tokens"):
         Prompt((), "nothing", row=7)
 
 

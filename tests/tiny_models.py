@@ -1,7 +1,7 @@
 """Small models of many architectures with random weights, and word tokenizers of any size: what the tests run on.
 
-A model here has the parts of a large one (grouped heads, learned or rotary positions, windows, capped logits) and about 50
-thousand parameters or fewer, so that every test of the decoder and the policy can be run on each of them.
+A model here has the parts of a large one (grouped heads, learned or rotary positions, windows, capped logits) and
+about 50 thousand parameters or fewer, so that every test of the decoder and the policy can be run on each of them.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ ARCHITECTURES: dict[str, Callable[[dict[str, Any]], PretrainedConfig]] = {
     "llama": lambda k: LlamaConfig(**{**_GROUPED, **k}),
     "gpt2": lambda k: GPT2Config(**{"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, **k}),
     "qwen2": lambda k: Qwen2Config(**{**_GROUPED, **k}),
-    "gemma2": lambda k: Gemma2Config(**{**_GROUPED, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 6, **k}),
+    "gemma2": lambda k: Gemma2Config(
+        **{**_GROUPED, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 6, **k}
+    ),
     "mistral": lambda k: MistralConfig(**{**_GROUPED, "sliding_window": 5, **k}),
     "neox": lambda k: GPTNeoXConfig(**{**_SHAPE, "rotary_pct": 0.5, **k}),
     "phi": lambda k: PhiConfig(**{**_SHAPE, **k}),
@@ -61,7 +63,9 @@ def tokenizer(vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<eos>", pad_token="<eos>")
 
 
-def tiny(name: str = "llama", vocabulary: int = VOCABULARY, seed: int = 0, spread: float = 0.3, **changes: Any) -> Policy:
+def tiny(
+    name: str = "llama", vocabulary: int = VOCABULARY, seed: int = 0, spread: float = 0.3, **changes: Any
+) -> Policy:
     """A policy of this architecture with random weights.
 
     Args:

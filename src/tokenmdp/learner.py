@@ -2,8 +2,8 @@
 
     θ ← Adam(θ, g),   g = clip( Σ_micro ∇ Σ_{b,t} weight[b,t] · loss[b,t] )
 
-Weights are computed by the recipe over the whole batch, so cutting the batch differently (by a token budget, into one row each, over
-several processes) adds up to the same gradient. Nothing here averages.
+Weights are computed by the recipe over the whole batch, so cutting the batch differently (by a token budget, into one
+row each, over several processes) adds up to the same gradient. Nothing here averages.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ class Learner:
             raise ValueError("no weight trains: take a twin of the model with train='all', 'top-N' or 'lora-R' first")
         if not learning_rate > 0 or tokens < 1 or clip_norm < 0:
             raise ValueError(
-                f"learning_rate={learning_rate}, tokens={tokens}, clip_norm={clip_norm}: the first two must be positive, the last at least 0"
+                f"learning_rate={learning_rate}, tokens={tokens}, clip_norm={clip_norm}: "
+                "the first two must be positive, the last at least 0"
             )
         if schedule not in ("constant", "linear"):
             raise ValueError(f"schedule is {schedule!r}; it must be constant or linear")
@@ -98,8 +99,8 @@ class Learner:
         """Take one optimiser step on Σ weight · loss.
 
         Args:
-            loss: called as `loss(part, **columns of the part)`; gives the unreduced loss, shaped like `weight`, and unreduced
-                metrics of the same shape, each reported as Σ weight · metric.
+            loss: called as `loss(part, **columns of the part)`; gives the unreduced loss, shaped like `weight`, and
+                unreduced metrics of the same shape, each reported as Σ weight · metric.
             data: a `Batch` or `Pairs`.
             weight: [B, L] or [B], computed over the whole batch.
             columns: [B, L], [B, L, D] or [B] arrays that belong to the rows of `data`; cut along with it.
@@ -130,7 +131,9 @@ class Learner:
         return {**totals, "grad_norm": float(norm), "learning_rate": share * self.learning_rate}
 
     def gradient(self, loss: Loss, data: Data, weight: Tensor, **columns: Tensor) -> dict[str, float]:
-        """Accumulate the gradient of Σ weight · loss into the parameters, without stepping; returns the weighted sums."""
+        """Accumulate the gradient of Σ weight · loss into the parameters, without stepping; returns the weighted
+        sums.
+        """
         totals: dict[str, Tensor] = {}
         for rows in micro_batches(data.cost, self.tokens):
             part = data.select(rows)
@@ -158,7 +161,8 @@ class Learner:
                 parameter.grad = parallel.world.sum(parameter.grad)
         return {name: float(parallel.world.sum(total)) for name, total in totals.items()}
 
-    # -- checkpoints --------------------------------------------------------------------------------------------------------
+    # -- checkpoints
+    # --------------------------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights that train and Adam's moments, by name."""

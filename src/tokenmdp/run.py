@@ -554,7 +554,8 @@ class Run:
         """The steps 0 … n−1 that are still to be taken, under a bar with the time left.
 
         Puts `state` back from the newest whole checkpoint; writes one after a step once `every_seconds` have passed
-        since the last, and after step n−1. An exception in the loop leaves the last checkpoint as it is.
+        since the last, and after step n−1. An exception in the loop leaves the last checkpoint as it is. What follows
+        the loop must live on `state` alone: a run that was killed after its last step has none left to take.
 
         Args:
             n: how many steps there are in all.

@@ -49,7 +49,8 @@ class Batch:
 
     Attributes:
         tokens: [B, L] token ids, padded on the right.
-        action: [B, L] True exactly where `tokens[b, t]` was chosen by the policy. Never at position 0, never in padding.
+        action: [B, L] True exactly where `tokens[b, t]` was chosen by the policy. Never at position 0, never in
+            padding.
         length: [B] real tokens of each row; positions at or after it are padding.
         ended: [B] True if the response ended by itself (EOS); False if it was truncated at the horizon.
         logp_mu: [B, L] log-probability (nats) of each chosen token under the distribution that was really sampled
@@ -199,7 +200,9 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
-        moved = {f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        moved: dict[str, Any] = {
+            f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)
+        }
         return replace(self, **moved)
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import ragged, tiny
 from torch import nn
 
+from tiny_models import ragged, tiny
 from tokenmdp.learner import Learner
 from tokenmdp.models.backbone import Backbone, blocks, compute_dtype
 from tokenmdp.models.policy import Policy

@@ -107,7 +107,7 @@ def metadata_of(vocabulary: dict[str, int], merges: list[tuple[str, str]], rule:
 
 @pytest.fixture(scope="module")
 def learnt() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """A vocabulary with a trap: merges that join digits ("20", " 1"), which a rule that takes digits apart never uses."""
+    """A vocabulary with a trap: merges that join digits ("20", " 1"), which the single-digit rule never uses."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
@@ -151,7 +151,7 @@ def test_the_trap_is_one(learnt: tuple[dict[str, int], list[tuple[str, str]]]) -
 @settings(max_examples=150, deadline=None)
 def test_equal_to_the_reference_on_any_text(both: tuple[Encode, PreTrainedTokenizerFast], text: str) -> None:
     want, ours = both
-    # Three implementations of Unicode meet here: only characters that the oldest tables know are sure to be alike to all.
+    # Three implementations of Unicode meet here: only characters of the oldest tables are sure to be alike to all.
     known = "".join(c for c in text if unicodedata.ucd_3_2_0.category(c) != "Cn")
     ids = ours(known)["input_ids"]
     assert ids == want(known)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import ragged, tiny
 
+from tiny_models import ragged, tiny
 from tokenmdp.models.heads import Critic
 from tokenmdp.types import Batch
 
@@ -48,7 +48,9 @@ def test_without_weights_every_state_is_worth_nothing() -> None:
     assert torch.equal(critic.value(critic.states(b), b), torch.zeros(b.tokens.shape))
 
 
-@pytest.mark.parametrize(("train", "body"), [("head", False), ("none", False), ("all", True), ("top-1", True), ("lora-2", True)])
+@pytest.mark.parametrize(
+    ("train", "body"), [("head", False), ("none", False), ("all", True), ("top-1", True), ("lora-2", True)]
+)
 def test_the_head_always_trains_and_the_body_where_asked(train: str, body: bool) -> None:
     critic = Critic(tiny("llama").backbone.twin(train))
     names = [name for name, _ in critic.trained()]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import ragged, tiny
 
+from tiny_models import ragged, tiny
 from tokenmdp.models.parts import cut, in_parts, micro_batches
 from tokenmdp.types import Batch, Pairs
 

@@ -7,9 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, EOS, VOCABULARY, batch, prompt, ragged, tiny, tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
+from tiny_models import ARCHITECTURES, EOS, VOCABULARY, batch, prompt, ragged, tiny, tokenizer
 from tokenmdp.models import policy as policy_module
 from tokenmdp.models.policy import Policy, eos_ids
 from tokenmdp.models.sampling import Sampling
@@ -48,7 +55,8 @@ def by_definition(policy: Policy, b: Batch, temperature: float = 1.0) -> dict[st
     }
 
 
-# -- evaluate ---------------------------------------------------------------------------------------------------------------
+# -- evaluate
+# ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -129,7 +137,9 @@ def test_results_are_zero_outside_the_actions(policy: Policy) -> None:
 
 
 def test_an_end_that_equals_the_padding_is_an_action_like_any_other(policy: Policy) -> None:
-    """pad = eos: the EOS of an ended response has a log-probability and a gradient; the padding after it has neither."""
+    """pad = eos: the EOS of an ended response has a log-probability and a gradient; the padding after it has
+    neither.
+    """
     b = batch([([3, 4], [5, EOS]), ([3, 4], [5, 6, 7, 8])])
     logp = policy.evaluate(b)["logp"]
     assert (logp[0] != 0).tolist() == [False, False, True, True, False, False]
@@ -162,7 +172,8 @@ def test_an_unknown_want_is_named(policy: Policy) -> None:
         policy.evaluate(ragged(2), ("logp", "value"))
 
 
-# -- divergence -------------------------------------------------------------------------------------------------------------
+# -- divergence
+# -------------------------------------------------------------------------------------------------------------
 
 
 def test_the_divergence_from_itself_is_exactly_zero(policy: Policy) -> None:
@@ -198,7 +209,8 @@ def test_two_vocabularies_have_no_divergence() -> None:
         tiny("llama").kl_to(tiny("llama", vocabulary=59), batch([([1, 2], [3, 4])]))
 
 
-# -- sample -----------------------------------------------------------------------------------------------------------------
+# -- sample
+# -----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -225,7 +237,7 @@ def test_samples_of_one_prompt_stand_side_by_side() -> None:
         response = b.tokens[i][b.action[i]].tolist()
         assert b.texts[i] == policy.response_text(p.ids, response)
         assert bool(b.ended[i]) == (response[-1] == EOS)
-    assert len({t for t in b.texts}) > 2, "samples of one prompt are drawn independently"
+    assert len(set(b.texts)) > 2, "samples of one prompt are drawn independently"
 
 
 def test_one_seed_one_batch() -> None:
@@ -242,7 +254,9 @@ def test_a_prompt_that_leaves_no_room_is_refused() -> None:
     policy, rng = tiny("llama"), torch.Generator()
     long = prompt(*range(1, 61), row=12)
     assert len(policy.sample([long], 1, Sampling(max_new_tokens=4), rng)) == 1
-    with pytest.raises(ValueError, match=r"row 12 has 60 tokens; with max_new_tokens=5 that exceeds the context of llama, 64"):
+    with pytest.raises(
+        ValueError, match=r"row 12 has 60 tokens; with max_new_tokens=5 that exceeds the context of llama, 64"
+    ):
         policy.sample([long], 1, Sampling(max_new_tokens=5), rng)
 
 
@@ -252,7 +266,8 @@ def test_nothing_to_sample_is_refused(prompts: int, n: int) -> None:
         tiny("llama").sample([prompt(1)] * prompts, n, Sampling(), torch.Generator())
 
 
-# -- text -------------------------------------------------------------------------------------------------------------------
+# -- text
+# -------------------------------------------------------------------------------------------------------------------
 
 
 def test_text_and_tokens_are_each_others_image() -> None:
@@ -292,7 +307,8 @@ def test_an_empty_prompt_starts_with_the_beginning_of_the_text_or_is_refused() -
     assert policy.prompt("").ids == (9,)
 
 
-# -- the end of a response --------------------------------------------------------------------------------------------------
+# -- the end of a response
+# --------------------------------------------------------------------------------------------------
 
 
 def test_every_token_that_may_end_a_response_is_known() -> None:
@@ -305,15 +321,14 @@ def test_every_token_that_may_end_a_response_is_known() -> None:
 def test_a_model_without_an_end_is_refused() -> None:
     plain = tokenizer()
     plain.eos_token = None
-    model = LlamaForCausalLM(
-        LlamaConfig(vocab_size=VOCABULARY, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
-                    eos_token_id=None)  # fmt: skip
-    )
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, eos_token_id=None, **shape))
     with pytest.raises(ValueError, match="no end-of-text token, so no response could ever end"):
         Policy(model, plain)
 
 
-# -- on disk ----------------------------------------------------------------------------------------------------------------
+# -- on disk
+# ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("train", ["all", "top-1", "lora-4"])

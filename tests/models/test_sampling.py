@@ -105,7 +105,9 @@ def test_no_uniform_number_picks_a_token_without_probability() -> None:
         assert bool(torch.isfinite(logp).all())
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(top_k=2), Sampling(top_p=0.5), Sampling(temperature=1e-3)], ids=str)
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(top_k=2), Sampling(top_p=0.5), Sampling(temperature=1e-3)], ids=str
+)
 @pytest.mark.parametrize("u", [0.0, 0.5, NEARLY_ONE])
 def test_extreme_uniform_numbers_give_finite_log_probabilities(sampling: Sampling, u: float) -> None:
     logits = 30 * random_logits(200, 777)  # differences of hundreds of nats: most tokens underflow to probability 0
@@ -148,7 +150,14 @@ def test_a_row_without_any_possible_token_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("max_new_tokens", 0), ("temperature", -0.1), ("temperature", math.nan), ("top_p", 0.0), ("top_p", 1.1), ("top_k", -1)],
+    [
+        ("max_new_tokens", 0),
+        ("temperature", -0.1),
+        ("temperature", math.nan),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("top_k", -1),
+    ],
 )
 def test_settings_outside_their_range_are_named(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{field} is {value}"):

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import EOS, batch, prompt, ragged, tiny
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
+from tiny_models import EOS, batch, prompt, ragged, tiny
 from tokenmdp.functional import preference, weights
 from tokenmdp.learner import Learner
 from tokenmdp.models.policy import Policy
@@ -41,7 +41,8 @@ def prefixes(b: Batch) -> dict[tuple[int, int], Batch]:
     return {(i, t): batch([(b.tokens[i, :t].tolist(), [])]) for i, t in b.action.nonzero().tolist()}
 
 
-# -- where the score is read ------------------------------------------------------------------------------------------------
+# -- where the score is read
+# ------------------------------------------------------------------------------------------------
 
 
 def test_the_score_is_read_at_the_last_real_token(reward: RewardModel) -> None:
@@ -82,7 +83,8 @@ def test_it_starts_indifferent(policy: Policy) -> None:
     assert torch.equal(RewardModel.from_policy(policy, "all")(ragged()).value, torch.zeros(6))
 
 
-# -- training ---------------------------------------------------------------------------------------------------------------
+# -- training
+# ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("train", ["all", "top-1", "lora-2", "head"])
@@ -127,7 +129,8 @@ def test_scores_without_spread_are_not_blown_up(policy: Policy) -> None:
     assert torch.equal(indifferent(ragged()).value, torch.zeros(6))
 
 
-# -- the critic that starts from it -----------------------------------------------------------------------------------------
+# -- the critic that starts from it
+# -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("pool", ["last", "mean"])
@@ -163,7 +166,8 @@ def test_the_critic_of_a_reward_model_with_adapters_starts_from_them(policy: Pol
         assert value[i, t].item() == pytest.approx(reward(state).value.item(), abs=1e-4)
 
 
-# -- on disk ----------------------------------------------------------------------------------------------------------------
+# -- on disk
+# ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("pool", ["last", "mean"])
@@ -181,7 +185,9 @@ def test_it_is_read_back_as_it_was(policy: Policy, train: str, pool: str, tmp_pa
 
 
 def test_other_tools_read_the_same_raw_score(reward: RewardModel, tmp_path: Path) -> None:
-    """They find the last token by its identity, so rows that end in EOS = pad are left out: there they read one token early."""
+    """They find the last token by its identity, so rows that end in EOS = pad are left out: there they read one
+    token early.
+    """
     b = ragged(12)
     rows = [i for i in range(len(b)) if not b.ended[i]]
     reward.normalise(b)

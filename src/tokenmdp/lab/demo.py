@@ -1,14 +1,15 @@
 """The main job: RLHF as online inverse RL, end to end, on controlled sentiment.
 
     1. behaviour cloning    SFT on movie reviews
-    2. offline data         two responses a prefix from the SFT policy; a gold reward draws noisy preferences (the labels paid for)
-    3. inverse RL           a Bradley–Terry reward model on the SFT body
+    2. offline data         two responses a prefix from the SFT policy; a gold reward draws noisy preferences (the
+    labels paid for) 3. inverse RL           a Bradley–Terry reward model on the SFT body
     4. online RL            PPO on the known dynamics, against the reward model, held by a KL to the SFT policy
     5. judgement            SFT, best-of-n and PPO on held-out prefixes, by the gold reward none of them was trained on
 
 Each step is a stage of the run folder: a run killed at any moment goes on with --resume and ends with the same figures.
 
-Source: the task is Ziegler et al. 2019's continuation with a given sentiment; the gold-reward design is Gao et al. 2023's.
+Source: the task is Ziegler et al. 2019's continuation with a given sentiment; the gold-reward design is Gao et al.
+    2023's.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from tokenmdp.recipes import ppo, reward_model, sft
 from tokenmdp.rewards.reward_model import RewardModel
 from tokenmdp.run import Run
 from tokenmdp.tasks import Task, sentiment
-from tokenmdp.types import Batch, Pairs, Prompt, Reward
+from tokenmdp.types import Batch, Pairs, Reward
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,9 @@ class Demo:
         return RewardModel.load(stage.folder / "model", policy), done
 
     def optimise(self, policy: Policy, reward: RewardModel) -> tuple[Policy, dict[str, Any], Run]:
-        """Step 4, online RL on the known dynamics; prefixes are those the labels were paid for and the rest of the training part."""
+        """Step 4, online RL on the known dynamics; prefixes are those the labels were paid for and the rest of the
+        training part.
+        """
 
         def work(stage: Run) -> dict[str, Any]:
             trained, _ = ppo.train(
@@ -246,9 +249,8 @@ class Demo:
 
 def sentiment_start(size: Size, run: Run) -> tuple[Policy, Task]:
     """The model the demo starts from, and the task in its tokens."""
-    options = {"prefix_tokens": size.prefix_tokens, "horizon": size.ppo.max_new_tokens, "seed": run.seed}
     start = catalog.tiny(sentiment.texts(seed=run.seed)) if size.model == "tiny" else catalog.load(size.model)
-    return start.freeze(), sentiment.load(start, **options)
+    return start.freeze(), sentiment.load(start, size.prefix_tokens, size.ppo.max_new_tokens, seed=run.seed)
 
 
 def figures(
@@ -262,7 +264,9 @@ def figures(
     divergence: torch.Tensor,
     candidates: int,
 ) -> dict[str, Any]:
-    """Gold, proxy, KL and diversity of the three arms; intervals resample prefixes, differences are paired by prefix."""
+    """Gold, proxy, KL and diversity of the three arms; intervals resample prefixes, differences are paired by
+    prefix.
+    """
     gb, ga = gold_b.double().numpy().reshape(prompts, -1), gold_a.double().numpy().reshape(prompts, -1)
     pb, pa = proxy_b.double().numpy().reshape(prompts, -1), proxy_a.double().numpy().reshape(prompts, -1)
     chosen = pb.argmax(1)
@@ -331,7 +335,8 @@ def write_samples(
 ) -> None:
     """Responses of the three arms side by side; PPO's with what each token was worth."""
     first = after.select([i * size.answers for i in range(shown)])
-    # Value of every prefix by the reward model: differences along a response are each token's reward as the model sees it.
+    # Value of every prefix by the reward model: differences along a response are each token's reward as the model sees
+    # it.
     critic: Critic = reward.critic()
     with torch.no_grad():
         value = critic.value(critic.states(first), first)
@@ -384,7 +389,9 @@ def ppo_curve(stage: Run, every: int) -> list[dict[str, float]]:
 
 
 def verdict(found: dict[str, Any], curve: list[dict[str, float]]) -> list[str]:
-    """What the figures say, in words; thresholds: an interval that excludes 0, and half of the proxy's gain seen in gold."""
+    """What the figures say, in words; thresholds: an interval that excludes 0, and half of the proxy's gain seen in
+    gold.
+    """
     d, b, nats = found["ppo_minus_sft"], found["bon_minus_sft"], found["kl_nats"]["ppo"]["mean"]
     gap = f"{d['mean']:+.2f} gold (95 % interval {d['low']:+.2f} to {d['high']:+.2f}) at a KL of {nats:.1f} nats a response"
     if d["low"] > 0:

@@ -9,7 +9,6 @@ from tokenmdp.models import catalog
 from tokenmdp.models.sampling import Sampling
 from tokenmdp.run import Run
 
-
 SCRATCH = True  # a tool: it leaves no run folder behind unless one is asked for
 
 

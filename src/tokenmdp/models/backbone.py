@@ -1,7 +1,7 @@
 """The body of a language model: tokens in, hidden states out; which of its weights train; how roles share memory.
 
-Policy, reference, reward model and critic are the same body with a different head. `twin` gives a second role its own modules
-while every weight that will not train stays one tensor in memory.
+Policy, reference, reward model and critic are the same body with a different head. `twin` gives a second role its own
+modules while every weight that will not train stays one tensor in memory.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -23,8 +24,8 @@ TRAIN = re.compile(r"all|none|head|top-[1-9]\d*|lora-[1-9]\d*")
 
 
 def keep_freed_blocks() -> None:
-    """Ask glibc to keep large freed blocks: logits are allocated and freed at every step, and faulting their pages in again
-    costs a tenth of a rollout. Elsewhere than glibc nothing happens."""
+    """Ask glibc to keep large freed blocks: logits are allocated and freed at every step, and faulting their pages in
+    again costs a tenth of a rollout. Elsewhere than glibc nothing happens."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
@@ -56,8 +57,8 @@ class Backbone:
     """A Hugging Face model used for its hidden states.
 
     Attributes:
-        model: the Hugging Face model (causal, or sequence classification), always in evaluation mode: dropout would make the
-            learner's log-probabilities differ from the sampler's.
+        model: the Hugging Face model (causal, or sequence classification), always in evaluation mode: dropout would
+            make the learner's log-probabilities differ from the sampler's.
         body: the part that maps tokens to hidden states.
         peft: the PEFT wrapper when LoRA adapters train, else None.
         compute: the type matrix products run in; weights stay float32.
@@ -94,11 +95,12 @@ class Backbone:
         self.train_spec = "none"
 
     def twin(self, train: str) -> Backbone:
-        """A copy with modules of its own in which only `train` trains; all other weights are shared with this one, now frozen.
+        """A copy with modules of its own in which only `train` trains; all other weights are shared with this one, now
+        frozen.
 
         Args:
-            train: `all`; `top-N`, the last N blocks and the final norm; `lora-R`, LoRA adapters of rank R on every linear layer;
-                `head` or `none`, nothing of the body.
+            train: `all`; `top-N`, the last N blocks and the final norm; `lora-R`, LoRA adapters of rank R on every
+                linear layer; `head` or `none`, nothing of the body.
 
         Raises:
             ValueError: naming the value and the accepted forms; or for more blocks than the model has.
@@ -116,7 +118,8 @@ class Backbone:
         other.train_spec = train
         if train.startswith("lora-"):
             rank = int(train.removeprefix("lora-"))
-            # peft fills adapters from torch's global generator; a fixed seed inside a fork leaves that generator as it was
+            # peft fills adapters from torch's global generator; a fixed seed inside a fork leaves that generator as it
+            # was
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=None)
@@ -137,8 +140,9 @@ class Backbone:
         if self.peft is None:
             return
         for layer in self.body.modules():
-            if isinstance(layer, BaseTunerLayer):  # its weight is shared with the model this is a twin of: fold into a copy
-                base = layer.get_base_layer()
+            if isinstance(layer, BaseTunerLayer):
+                # Its weight is shared with the model this is a twin of: fold into a copy.
+                base: Any = layer.get_base_layer()
                 base.weight = nn.Parameter(base.weight.detach().clone())
         self.peft.merge_and_unload()
         self.peft = None
@@ -148,7 +152,9 @@ class Backbone:
         return ((n, p) for n, p in self.model.named_parameters() if p.requires_grad)
 
     def fingerprint(self) -> str:
-        """First 16 hex digits of the sha256 over all weights: two models print the same one if and only if they are equal."""
+        """First 16 hex digits of the sha256 over all weights: two models print the same one if and only if they are
+        equal.
+        """
         digest = hashlib.sha256()
         for name, value in sorted(self.model.state_dict().items()):
             digest.update(name.encode())

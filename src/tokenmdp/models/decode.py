@@ -1,18 +1,21 @@
 """The rollout engine: many responses from few prefixes, fast, with the model's own modules.
 
-The model runs as transformers wrote it; only its attention is exchanged, through the library's own registry, for one that reads a
-preallocated slab of keys and values:
+The model runs as transformers wrote it; only its attention is exchanged, through the library's own registry, for one
+that reads a preallocated slab of keys and values:
 
     columns   0 ........ P − 1 | P, P + 1, ...        prefixes end at column P − 1 (padded on the left),
     row b     ..prefix of b....| its response          so every row writes its next token into one column
 
 * A prefix is read once for all its samples, then its keys and values are copied to their rows (`shared prefill`).
 * Keys and values of grouped heads are never repeated: the query heads of a group become query rows of one product.
-* Rows that ended leave: when enough have, the slab is compacted, so the last long responses do not pay for the short ones.
+* Rows that ended leave: when enough have, the slab is compacted, so the last long responses do not pay for the short
+ones.
 * One uniform number a token, drawn beforehand (`sampling.draw`), makes a row's response independent of its neighbours.
 
-`slow` is the twin without any of it, a full forward pass at every token: the tests hold `fast` against it, and a model for which
-`agrees` finds a difference (a body that keeps other state than keys and values, an attention with extra terms) is decoded by it.
+`slow` is the twin without any of it, a full forward pass at every token: the tests hold `fast` against it, and a model
+for which
+`agrees` finds a difference (a body that keeps other state than keys and values, an attention with extra terms) is
+decoded by it.
 """
 
 from __future__ import annotations
@@ -35,13 +38,16 @@ if TYPE_CHECKING:
 
 SLAB_TOKENS = 24_576  # columns x rows a slab may hold: 1.1 GB of float32 keys and values for the embedded 135M model
 COMPACT_BELOW = 0.75  # share of live rows under which finished ones are moved out
-# What some attentions add to the plain one: capped scores, sinks, position biases. They may be too small to see on a few probe tokens.
+# What some attentions add to the plain one: capped scores, sinks, position biases. They may be too small to see on a
+# few probe tokens.
 _EXTRA_TERMS = ("softcap", "s_aux", "position_bias", "block_indices", "indices")
 
 
 @dataclass
 class Drawn:
-    """One response: its tokens, their log-probabilities under the sampling distribution, and whether it ended by itself."""
+    """One response: its tokens, their log-probabilities under the sampling distribution, and whether it ended by
+    itself.
+    """
 
     tokens: list[int] = field(default_factory=list)
     logp: list[float] = field(default_factory=list)
@@ -51,8 +57,8 @@ class Drawn:
 class Slab:
     """Keys and values of all layers; the object transformers calls the cache.
 
-    While `reading` it hands the fresh keys and values back and keeps them for `spread`; afterwards `update` writes the one new
-    column and answers with all columns up to it.
+    While `reading` it hands the fresh keys and values back and keeps them for `spread`; afterwards `update` writes the
+    one new column and answers with all columns up to it.
     """
 
     is_compileable = False
@@ -185,7 +191,9 @@ def _step(policy: Policy, tokens: Tensor, positions: Tensor, slab: Slab) -> Tens
 def _read(
     policy: Policy, prefixes: Sequence[Sequence[int]], source: Tensor, columns: int, slab: Slab
 ) -> tuple[Tensor, Tensor]:
-    """Read each prefix once and spread it over its rows. Returns the last hidden state of each prefix and the lengths."""
+    """Read each prefix once and spread it over its rows. Returns the last hidden state of each prefix and the
+    lengths.
+    """
     device = policy.device
     lengths = torch.tensor([len(p) for p in prefixes], device=device)
     P = int(lengths.max())
@@ -306,8 +314,8 @@ def slow(
 def agrees(policy: Policy) -> bool:
     """Whether the slab gives this model's own logits, tried on ragged prefixes and a few tokens after them.
 
-    The tolerance is 1e-3 of the logits' spread in float32, 5e-2 in bfloat16. Any error the exchange of attention causes in the
-    model's code counts as "no".
+    The tolerance is 1e-3 of the logits' spread in float32, 5e-2 in bfloat16. Any error the exchange of attention
+    causes in the model's code counts as "no".
     """
     if not policy.head_is_linear():
         return False

@@ -1,10 +1,11 @@
 """Heads on a body: the critic's value.
 
-A critic is a body and one linear map: V(s_t) = w · h_{t−1} + b, where h_{t−1} is the body's state after reading s_t = tokens[:t].
+A critic is a body and one linear map: V(s_t) = w · h_{t−1} + b, where h_{t−1} is the body's state after reading s_t =
+    tokens[:t].
 Started from a reward model it is that reward model read at every prefix: V(s_t) = r(s_t) before the first update.
 
-A head reads either the last state or the mean of the states so far (`pooled`). The last state of a language model is made for
-the next token; with few labels and a body that hardly trains, the mean says more about the whole text.
+A head reads either the last state or the mean of the states so far (`pooled`). The last state of a language model is
+made for the next token; with few labels and a body that hardly trains, the mean says more about the whole text.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 
 from tokenmdp.models.backbone import Backbone
 from tokenmdp.types import Batch
-
 
 POOLS = ("last", "mean")
 

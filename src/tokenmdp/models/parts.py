@@ -16,7 +16,9 @@ FORWARD_TOKENS = 8192  # padded positions in one pass without gradient
 
 
 def micro_batches(cost: Tensor, budget: int) -> Iterator[Tensor]:
-    """Rows in parts of at most `budget` padded positions (a longer row is a part alone), sorted by cost so that little is padding."""
+    """Rows in parts of at most `budget` padded positions (a longer row is a part alone), sorted by cost so that
+    little is padding.
+    """
     order = torch.argsort(cost, descending=True, stable=True)
     start = 0
     while start < len(order):

@@ -1,7 +1,9 @@
 """A policy π(a | s): prefixes to distributions over the next token.
 
-Two verbs carry everything: `sample` draws responses (the rollout engine is `decode.py`) and `evaluate` says what the policy makes of
-given ones. The one-position shift of a language model, logits at t − 1 for the token at t, happens in `evaluate` and nowhere else.
+Two verbs carry everything: `sample` draws responses (the rollout engine is `decode.py`) and `evaluate` says what the
+    policy makes of
+given ones. The one-position shift of a language model, logits at t − 1 for the token at t, happens in `evaluate` and
+nowhere else.
 """
 
 from __future__ import annotations
@@ -52,10 +54,13 @@ class Policy:
         self._linear_head: bool | None = None
         self._slab: bool | None = None
 
-    # -- who trains ---------------------------------------------------------------------------------------------------------
+    # -- who trains
+    # ---------------------------------------------------------------------------------------------------------
 
     def twin(self, train: str, name: str | None = None) -> Policy:
-        """A policy that starts equal to this one and trains `train` (see `Backbone.twin`); this one is frozen from here on."""
+        """A policy that starts equal to this one and trains `train` (see `Backbone.twin`); this one is frozen from
+        here on.
+        """
         other = copy.copy(self)
         other.backbone = self.backbone.twin(train)
         other.paths = dict(self.paths)
@@ -79,7 +84,8 @@ class Policy:
     def model(self) -> PreTrainedModel:
         return self.backbone.model
 
-    # -- text ---------------------------------------------------------------------------------------------------------------
+    # -- text
+    # ---------------------------------------------------------------------------------------------------------------
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text, without special tokens added."""
@@ -95,7 +101,8 @@ class Policy:
         """A prompt from plain text, or from chat messages through the tokenizer's own template.
 
         Raises:
-            ValueError: messages were given and the tokenizer has no chat template; or the prompt leaves no room in the context.
+            ValueError: messages were given and the tokenizer has no chat template; or the prompt leaves no room in the
+                context.
         """
         if isinstance(text, str):
             ids, shown = self.encode(text), text
@@ -107,7 +114,9 @@ class Policy:
                     f"row {row} holds chat messages, but the tokenizer of {self.name} has no chat template: give plain text, "
                     "or a tokenizer whose chat_template is set"
                 )
-            shown = str(self.tokenizer.apply_chat_template(list(text), tokenize=False, add_generation_prompt=True))
+            shown = str(
+                self.tokenizer.apply_chat_template([dict(m) for m in text], tokenize=False, add_generation_prompt=True)
+            )
             ids = self.encode(shown)
         if len(ids) >= self.context:
             raise ValueError(
@@ -121,7 +130,8 @@ class Policy:
         before, whole = self.decode(prompt), self.decode([*prompt, *response])
         return whole[len(before) :] if whole.startswith(before) else self.decode(response)
 
-    # -- the policy ---------------------------------------------------------------------------------------------------------
+    # -- the policy
+    # ---------------------------------------------------------------------------------------------------------
 
     def sample(
         self,
@@ -133,8 +143,8 @@ class Policy:
     ) -> Batch:
         """`n` responses to each prompt, side by side: rows b·n … b·n + n − 1 answer prompt b and share its `group`.
 
-        `logp_mu` of the result is exact for the distribution sampled (temperature, top-p and top-k included). A response's tokens
-        depend on its own row of uniform numbers, not on its neighbours or on how rows are batched.
+        `logp_mu` of the result is exact for the distribution sampled (temperature, top-p and top-k included). A
+        response's tokens depend on its own row of uniform numbers, not on its neighbours or on how rows are batched.
 
         Args:
             advance: called with a number of finished rows, for a progress bar.
@@ -219,7 +229,9 @@ class Policy:
                     f"{self.name} has {ours.shape[-1]} tokens and {reference.name} {theirs.shape[-1]}: a KL needs one vocabulary"
                 )
             parts.append(kl.exact(ours, theirs))
-        out = torch.zeros(batch.tokens.shape, dtype=parts[0].dtype if parts else torch.float32, device=batch.tokens.device)
+        out = torch.zeros(
+            batch.tokens.shape, dtype=parts[0].dtype if parts else torch.float32, device=batch.tokens.device
+        )
         return out.index_put(batch.action.nonzero(as_tuple=True), torch.cat(parts)) if parts else out
 
     def _action_logits(self, batch: Batch) -> Iterator[tuple[slice, Tensor]]:
@@ -252,10 +264,13 @@ class Policy:
     def head_is_linear(self) -> bool:
         """Whether output layer ∘ body is the model: some models cap or scale their logits after it.
 
-        Its config says so, or a few tokens show it. Tokens alone would not do: a cap is invisible while logits are small.
+        Its config says so, or a few tokens show it. Tokens alone would not do: a cap is invisible while logits are
+        small.
         """
         settings = self.model.config.to_dict().items()
-        if any("logit" in name and not name.startswith("attn") and isinstance(v, float) and v != 1 for name, v in settings):
+        if any(
+            "logit" in name and not name.startswith("attn") and isinstance(v, float) and v != 1 for name, v in settings
+        ):
             return False
         probe = torch.arange(1, 7, device=self.device)[None] % self.model.config.vocab_size
         with self.backbone.autocast():
@@ -263,7 +278,8 @@ class Policy:
         ours = self.project(self.backbone.hidden(probe)[0]).float()
         return bool(torch.allclose(ours, whole, rtol=1e-3, atol=1e-3 * float(whole.abs().max())))
 
-    # -- on disk ------------------------------------------------------------------------------------------------------------
+    # -- on disk
+    # ------------------------------------------------------------------------------------------------------------
 
     def save(self, folder: Path | str) -> None:
         """Write a Hugging Face directory (safetensors and tokenizer); LoRA adapters are folded in."""

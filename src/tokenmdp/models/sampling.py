@@ -2,8 +2,10 @@
 
     q(v) ∝ exp(z_v / T) · 1[v in the kept set],   a = min{v : Σ_{u ≤ v} q(u) > U},   U ~ Uniform[0, 1)
 
-The draw inverts the cumulative distribution with one uniform number a row, so it costs one pass over the logits instead of one
-random number per vocabulary entry, and a row's tokens depend on its own uniforms alone: not on which rows share its batch.
+The draw inverts the cumulative distribution with one uniform number a row, so it costs one pass over the logits
+instead of one
+random number per vocabulary entry, and a row's tokens depend on its own uniforms alone: not on which rows share its
+batch.
 The sum runs over blocks first and inside one block after, which keeps float32 rounding near 1e-6 for any vocabulary.
 """
 
@@ -23,7 +25,8 @@ class Sampling:
     """How responses are drawn.
 
     Raises:
-        ValueError: naming the value and its range, for a temperature below 0, a top_p outside (0, 1], a negative top_k or no new token.
+        ValueError: naming the value and its range, for a temperature below 0, a top_p outside (0, 1], a negative top_k
+            or no new token.
     """
 
     max_new_tokens: int = 64
@@ -44,7 +47,9 @@ class Sampling:
 
 
 def _kept(weight: Tensor, sampling: Sampling) -> Tensor:
-    """Unnormalised probabilities with everything outside top-k and the nucleus set to zero (Holtzman et al. 2020, eq. 3)."""
+    """Unnormalised probabilities with everything outside top-k and the nucleus set to zero (Holtzman et al. 2020,
+    eq. 3).
+    """
     if sampling.top_k and sampling.top_k < weight.shape[-1]:
         top = weight.topk(sampling.top_k, dim=-1)
         weight = torch.zeros_like(weight).scatter_(-1, top.indices, top.values)

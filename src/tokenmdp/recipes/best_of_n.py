@@ -1,14 +1,17 @@
-"""Best-of-n: sample n responses, keep the one the reward likes best. Policy improvement at decoding time, without any training.
+"""Best-of-n: sample n responses, keep the one the reward likes best. Policy improvement at decoding time, without any
+training.
 
     y* = argmax_{y_1 … y_n ~ π} r(x, y),   KL(π_bo-n ‖ π) ≤ log n − (n − 1)/n
 
-Source: Stiennon et al. 2020, appendix G.3 for the KL, which is exact when no two responses tie and an upper bound in general
-(Beirami et al. 2024, theorem 3.1).
+Source: Stiennon et al. 2020, appendix G.3 for the KL, which is exact when no two responses tie and an upper bound in
+general (Beirami et al. 2024, theorem 3.1).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +49,9 @@ def best(value: Tensor, verdict: Tensor, n: int) -> Tensor:
 
 
 def train(cfg: Config, policy: Policy, prompts: list[Prompt], reward: Reward, run: Run) -> dict[str, object]:
-    """Answer each prompt by the best of n; responses go to samples.jsonl. (Nothing is trained: the name is the recipes' common one.)"""
+    """Answer each prompt by the best of n; responses go to samples.jsonl. (Nothing is trained: the name is the
+    recipes' common one.)
+    """
     sampling = Sampling(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature)
     totals = Totals()
     chunks = [prompts[i : i + cfg.chunk] for i in range(0, len(prompts), cfg.chunk)]
@@ -109,10 +114,10 @@ class Totals:
     def tensors(self) -> dict[str, Tensor]:
         return {}
 
-    def scalars(self) -> dict[str, object]:
+    def scalars(self) -> dict[str, Any]:
         return {"sums": self.sums}
 
-    def restore(self, tensors: object, scalars: dict[str, list[float]]) -> None:
+    def restore(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
         self.sums = list(scalars["sums"])
 
 

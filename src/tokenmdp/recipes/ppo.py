@@ -4,12 +4,15 @@
     Â_t  = Σ_k (γλ)^k δ_{t+k},   δ_t = r_t + γ V(s_{t+1}) − V(s_t),   V = 0 after the last action
     ℓ_t  = − min( ρ_t Â_t, clip(ρ_t, 1 ± ε) Â_t ),   ρ_t = π(a_t | s_t) / π_old(a_t | s_t)
 
-The critic starts as the reward model read at every prefix. A response cut at the horizon is judged as it stands: the horizon is
-part of the MDP, so nothing is bootstrapped after it; `truncation` takes that much off its score where that is not wanted.
+The critic starts as the reward model read at every prefix. A response cut at the horizon is judged as it stands: the
+horizon is
+part of the MDP, so nothing is bootstrapped after it; `truncation` takes that much off its score where that is not
+wanted.
 
-Source: Schulman et al. 2017, eqs. 7, 11, 12; the KL reward: Ouyang et al. 2022, eq. 2; adaptive β: Ziegler et al. 2019, section 2.2;
-details as in Huang et al. 2024 ("The N+ implementation details of RLHF with PPO").
-Differs: by default only the critic's head trains, on the reward model's frozen body, whose states are computed once a phase.
+Source: Schulman et al. 2017, eqs. 7, 11, 12; the KL reward: Ouyang et al. 2022, eq. 2; adaptive β: Ziegler et al.
+2019, section 2.2; details as in Huang et al. 2024 ("The N+ implementation details of RLHF with PPO").
+Differs: by default only the critic's head trains, on the reward model's frozen body, whose states are computed once a
+    phase.
 """
 
 from __future__ import annotations
@@ -66,7 +69,9 @@ class Config:
 
 
 class KLCoefficient:
-    """β, fixed or steered towards a target KL: β ← β (1 + 0.1 · clip(KL / target − 1, ±0.2)) (Ziegler et al. 2019, section 2.2)."""
+    """β, fixed or steered towards a target KL: β ← β (1 + 0.1 · clip(KL / target − 1, ±0.2)) (Ziegler et al. 2019,
+    section 2.2).
+    """
 
     def __init__(self, start: float, target: float) -> None:
         self.value, self.target = start, target
@@ -188,7 +193,9 @@ def gate(
     first: dict[str, float],
     metrics: dict[str, float],
 ) -> dict[str, Any]:
-    """What must hold before the first update: ratio 1, KL to the reference 0, sampler and learner agree; measured, not assumed."""
+    """What must hold before the first update: ratio 1, KL to the reference 0, sampler and learner agree; measured,
+    not assumed.
+    """
     return {
         "ratio_first_update": first["val/ratio"],
         "kl_reference": float((logp_old - logp_ref).abs().max()),
@@ -234,10 +241,9 @@ def main(cfg: Config, run: Run) -> dict[str, object]:
     reference = catalog.load(cfg.model).freeze()
     reward = rewards.load(cfg.reward, reference)
     task = tasks.load(cfg.task, reference)
-    if isinstance(reward, RewardModel):
-        critic = reward.critic(cfg.critic_train)
-    else:  # no reward model to start from: a value head of zeros on the reference's own body
-        critic = Critic(reference.backbone.twin(cfg.critic_train))
+    # Without a reward model to start from, the critic is a value head of zeros on the reference's own body.
+    body = reference.backbone
+    critic = reward.critic(cfg.critic_train) if isinstance(reward, RewardModel) else Critic(body.twin(cfg.critic_train))
     policy, figures = train(cfg, reference, critic, reward, task, run)
     policy.save(run.folder / "model")
     return {**figures, "model": str(Path(run.folder) / "model"), "fingerprint": policy.fingerprint()}

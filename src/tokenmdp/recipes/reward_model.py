@@ -2,11 +2,13 @@
 
     min_φ  − E log σ( r_φ(x, y_chosen) − r_φ(x, y_rejected) − m )  +  c · ( r_φ(x, y_chosen) + r_φ(x, y_rejected) )²
 
-The reward that explains the preferences is a proxy of expensive feedback: it can be asked as often as one likes, and it is wrong
-where the policy goes that the comparisons did not.
+The reward that explains the preferences is a proxy of expensive feedback: it can be asked as often as one likes, and
+it is wrong where the policy goes that the comparisons did not.
 
-Source: Bradley & Terry 1952; Ouyang et al. 2022, eq. 1; margin: Touvron et al. 2023 (Llama 2), eq. 2; centring: Eisenstein et al. 2023.
-Differs: the score is read at the last real token, found by position; scores are normalised once, after training, on given samples.
+Source: Bradley & Terry 1952; Ouyang et al. 2022, eq. 1; margin: Touvron et al. 2023 (Llama 2), eq. 2; centring:
+    Eisenstein et al. 2023.
+Differs: the score is read at the last real token, found by position; scores are normalised once, after training, on
+    given samples.
 """
 
 from __future__ import annotations
@@ -105,7 +107,9 @@ def judge(reward: RewardModel, pairs: Pairs) -> dict[str, object]:
     length = both.action.sum(-1).double()
     scores = torch.cat([chosen.value, rejected.value]).double()
     length_bias: dict[str, object] = {}
-    if bool((length != length[0]).any()) and bool((scores != scores[0]).any()):  # else there is no bias to length to see
+    if bool((length != length[0]).any()) and bool(
+        (scores != scores[0]).any()
+    ):  # else there is no bias to length to see
         found = stats.spearman(scores.numpy(), length.numpy())
         length_bias = {"length_correlation": found.mean, "length_correlation_ci": [found.low, found.high]}
     return {

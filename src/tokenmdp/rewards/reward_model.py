@@ -2,9 +2,9 @@
 
     r(x, y) = (w · h̄ − shift) / scale,   h̄ = the state at the last real token, or the mean of all states up to it
 
-`shift` and `scale` are fixed once after training (mean and spread over the behaviour policy's samples), so that scores have mean 0
-and variance 1 where RL begins (Stiennon et al. 2020, section 3.3, normalise to mean 0). Saved as the `AutoModelForSequenceClassification`
-with one label that other tools expect, and a small JSON file with shift and scale.
+`shift` and `scale` are fixed once after training (mean and spread over the behaviour policy's samples), so that scores
+have mean 0 and variance 1 where RL begins (Stiennon et al. 2020, section 3.3, normalise to mean 0). Saved as the
+`AutoModelForSequenceClassification` with one label that other tools expect, and a small JSON file with shift and scale.
 """
 
 from __future__ import annotations
@@ -47,10 +47,11 @@ class RewardModel:
 
     @staticmethod
     def from_policy(policy: Policy, train: str, pool: str = "last", name: str = "reward_model") -> RewardModel:
-        """A reward model on the policy's body (shared where it does not train), indifferent at first: its head starts at zero.
+        """A reward model on the policy's body (shared where it does not train), indifferent at first: its head starts
+        at zero.
 
-        Differs from Stiennon et al. 2020, appendix B.1, who draw the head from N(0, 1/(D + 1)): with a few hundred labels
-        that noise is still there at the end.
+        Differs from Stiennon et al. 2020, appendix B.1, who draw the head from N(0, 1/(D + 1)): with a few hundred
+        labels that noise is still there at the end.
         """
         body = policy.backbone.twin(train)
         config = copy.deepcopy(policy.model.config)
@@ -125,9 +126,12 @@ class RewardModel:
 
     def critic(self, train: str = "head") -> Critic:
         """A critic that starts as this reward model read at every prefix: V(s) = r(s)."""
-        bias = 0.0 if self.head.bias is None else float(self.head.bias.detach())
+        bias = sum(float(p.detach()) for n, p in self.head.named_parameters() if n == "bias")  # most heads have none
         return Critic(
-            self.backbone.twin(train), self.head.weight.detach()[0] / self.scale, (bias - self.shift) / self.scale
+            self.backbone.twin(train),
+            self.head.weight.detach()[0] / self.scale,
+            (bias - self.shift) / self.scale,
+            self.pool,
         )
 
 
