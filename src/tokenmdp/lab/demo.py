@@ -85,22 +85,24 @@ SIZES = {
     "tiny": Size(
         model="tiny",
         prefix_tokens=6,
-        sft=sft.Config(steps=150, rows=32, learning_rate=3e-3, evaluate_every=50, micro_tokens=8192),
-        rm=reward_model.Config(epochs=2, rows=32, learning_rate=1e-3, micro_tokens=8192),
+        sft=sft.Config(steps=200, rows=32, learning_rate=5e-3, evaluate_every=50, micro_tokens=8192),
+        rm=reward_model.Config(
+            epochs=3, rows=64, learning_rate=2e-3, head_learning_rate=1e-2, pool="mean", micro_tokens=8192
+        ),
         ppo=ppo.Config(
-            steps=12,
+            steps=25,
             prompts=16,
             samples=4,
             max_new_tokens=16,
-            learning_rate=5e-4,
-            kl=0.05,
+            learning_rate=1e-3,
             critic_learning_rate=3e-3,
+            kl=0.1,
             micro_tokens=8192,
         ),
-        pairs=300,
-        held_out_pairs=60,
-        sharpness=2.0,
-        held_out=48,
+        pairs=3000,
+        held_out_pairs=400,
+        sharpness=3.0,
+        held_out=64,
         candidates=8,
         answers=4,
     ),
@@ -127,10 +129,9 @@ class Demo:
         if done is None:
             begin = time.monotonic()
             done = work(stage)
-            done["minutes"] = (time.monotonic() - begin) / 60
-            stage.finish(done)
+            done = stage.finish({**done, "minutes": (time.monotonic() - begin) / 60})
         self.minutes[name] = float(done["minutes"])
-        return done, stage
+        return {k: v for k, v in done.items() if k != "minutes"}, stage
 
     def clone(self) -> tuple[Policy, dict[str, Any]]:
         """Step 1, behaviour cloning."""

@@ -77,7 +77,7 @@ def _check_config(module: ModuleType) -> None:
     name, config = module.__name__, getattr(module, "Config", None)
     if not (isinstance(config, type) and is_dataclass(config)):
         raise ContractBroken(f"{name}: Config is {config!r}; it must be a dataclass")
-    _keep(config.__setattr__ is not object.__setattr__, f"{name}: Config can be changed: write @dataclass(frozen=True)")
+    _keep(vars(config)["__dataclass_params__"].frozen, f"{name}: Config can be changed: write @dataclass(frozen=True)")
     bare = [f.name for f in fields(config) if f.default is MISSING and f.default_factory is MISSING]
     _keep(not bare, f"{name}: Config has no default for {', '.join(bare)}: a recipe runs without being told anything")
     read = set(_fields_read(ast.parse(inspect.getsource(module))))
