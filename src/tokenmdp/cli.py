@@ -1,7 +1,7 @@
 """The command line: `tokenmdp VERB [--config x.yaml] [--field value ...]`.
 
 A verb is a file. Every file in recipes/ and lab/ that has a `Config` and a `main(cfg, run)` is one, by its own name
-(reward_model.py is `reward-model`), and the first line of its docstring is its help; `tokenmdp run FILE.py` makes a
+(reward_model.py is `reward-model`), and the first sentence of its docstring is its help; `tokenmdp run FILE.py` makes a
 verb of a file of the user's. Its flags are the fields of its `Config`, then those of every run (`config.Options`).
 """
 
@@ -29,8 +29,8 @@ from tokenmdp import __version__, config
 
 HOME = Path(__file__).parent
 BUILT_IN = {
-    "run": "A recipe of your own: `tokenmdp run FILE.py [flags]`; the file has a Config and a main(cfg, run).",
-    "report": "Write the report of a run as one self-contained page: `tokenmdp report [FOLDER]`.",
+    "run": "A recipe of your own: `tokenmdp run FILE.py [flags]`; the file has a Config and a main(cfg, run)",
+    "report": "Write the report of a run as one self-contained page: `tokenmdp report [FOLDER]`",
 }
 # What is raised for input that cannot be used: one message, no traceback. Anything else is a fault of ours and shows.
 BAD_INPUT = (ValueError, OSError, ImportError, FloatingPointError)
@@ -65,8 +65,8 @@ def read_verb(file: Path, module: str = "") -> Verb | None:
     names = {node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
     if not {"Config", "main"} <= names:
         return None
-    help = (ast.get_docstring(tree) or "").partition("\n")[0]
-    return Verb(file.stem.replace("_", "-"), file, help, module)
+    paragraph = " ".join((ast.get_docstring(tree) or "").partition("\n\n")[0].split())
+    return Verb(file.stem.replace("_", "-"), file, paragraph.partition(". ")[0].removesuffix("."), module)
 
 
 def find_verbs(home: Path = HOME, package: str = "tokenmdp") -> dict[str, Verb]:

@@ -162,7 +162,6 @@ class Learner:
         return {name: float(parallel.world.sum(total)) for name, total in totals.items()}
 
     # -- checkpoints
-    # --------------------------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights that train and Adam's moments, by name."""

@@ -16,6 +16,7 @@ from tokenmdp.rewards import worker
 from tokenmdp.rewards.function import FunctionReward, RewardFailure
 from tokenmdp.types import Batch, Prompt
 
+WHY = ", which is no finite 32-bit number"
 LIMIT = 2.0  # seconds; long beside what these functions take, short beside a hang
 
 
@@ -41,7 +42,7 @@ def test_zero_is_a_score_and_missing_is_not():
     assert score.verdict.tolist() == [True, False, False, False, True, True]
     assert score.value.tolist() == [0.0, 0.0, 0.0, 0.0, -2.0, 1.0]
     assert (reward.rows, reward.missing) == (6, 3)
-    assert dict(reward.reasons) == {"returned None": 1, "returned nan": 1, "returned inf": 1}
+    assert dict(reward.reasons) == {"returned None": 1, f"returned nan{WHY}": 1, f"returned inf{WHY}": 1}
 
 
 def test_a_lambda_that_no_process_could_receive_is_fine():
@@ -99,6 +100,21 @@ def test_text_and_odd_objects_give_no_verdict():
     ]
 
 
+def test_a_number_that_scores_cannot_hold_gives_no_verdict():
+    reward = FunctionReward(lambda completions: [1e39, 1.0, 3.4e38])
+    assert reward(make_batch(["a"] * 3)).verdict.tolist() == [False, True, True]
+    reward = FunctionReward(lambda completions: [[3e38, 3e38], [1.0]])
+    assert reward(make_batch(["ab", "c"])).verdict.tolist() == [False, True]
+
+
+def test_a_function_that_changes_its_lists_and_fails_is_repeated_on_the_true_ones():
+    def judge(completions):
+        first = completions.pop()
+        return [float(len(first))] if not completions else 1 / 0
+
+    assert FunctionReward(judge)(make_batch(["a", "bcd"])).value.tolist() == [1.0, 3.0]
+
+
 def test_tensors_are_lists_too():
     reward = FunctionReward(lambda completions: torch.tensor([0.5, math.nan, 2.0]))
     score = reward(make_batch(["a"] * 3))
@@ -112,7 +128,7 @@ def test_rewards_a_token_land_on_their_tokens():
     assert score.token is not None
     assert score.token.tolist() == [[0, 0, 1.0, 2.0, 0], [0, 0, 0.5, 0, 0], [0, 0, 0, 0, 0]]
     assert score.value.tolist() == [3.0, 0.5, 0.0]
-    assert dict(reward.reasons) == {"returned nan at response token 0": 1}
+    assert dict(reward.reasons) == {f"returned nan{WHY} at response token 0": 1}
 
 
 def test_a_wrong_number_of_results_is_an_error_at_once():
@@ -200,12 +216,12 @@ def test_a_function_of_a_file_gets_columns_and_may_print_and_import_its_neighbou
 def test_a_hanging_function_of_a_file_is_killed_with_all_it_started_and_the_run_goes_on(tmp_path: Path):
     spec = in_file(
         tmp_path,
-        "import os, subprocess, time\n"
+        "import os, re, subprocess\n"
         "def judge(completions, prompts):\n"
         "    if 'hang' in completions:\n"
         "        child = subprocess.Popen(['sleep', '600'])\n"
         f"        open({str(tmp_path / 'pids')!r}, 'a').write(f'{{os.getpid()}} {{child.pid}} ')\n"
-        "        while True: time.sleep(0.01)\n"
+        "        re.match('(a+)+$', 'a' * 60 + 'b')\n"  # backtracks for ever, holding the interpreter
         "    return [float(len(c)) for c in completions]\n",
     )
     reward = FunctionReward(spec, timeout_seconds=LIMIT)

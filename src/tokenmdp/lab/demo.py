@@ -1,8 +1,9 @@
 """The main job: RLHF as online inverse RL, end to end, on controlled sentiment.
 
     1. behaviour cloning    SFT on movie reviews
-    2. offline data         two responses a prefix from the SFT policy; a gold reward draws noisy preferences (the
-    labels paid for) 3. inverse RL           a Bradley–Terry reward model on the SFT body
+    2. offline data         two responses a prefix from the SFT policy; a gold reward draws noisy preferences,
+                            which are the labels paid for
+    3. inverse RL           a Bradley–Terry reward model on the SFT body
     4. online RL            PPO on the known dynamics, against the reward model, held by a KL to the SFT policy
     5. judgement            SFT, best-of-n and PPO on held-out prefixes, by the gold reward none of them was trained on
 

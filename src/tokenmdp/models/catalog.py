@@ -48,13 +48,13 @@ def load(name: str | Path, compute: str = "auto", device: str = "auto") -> Polic
         ValueError: no such model, with what was tried; or a model that cannot be a policy (no end-of-text token, tokens
             without embeddings, a template that starts a text twice).
     """
-    if str(name).lower() == "tiny":
-        return tiny()
     model, tokenizer = load_model(name)
     where = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     module: torch.nn.Module = model
     module.to(where)
     called = Path(name).name if Path(name).exists() else str(name)
+    if called.lower() == "tiny" and compute == "auto":
+        compute = "float32"  # too small for anything else to pay
     policy = Policy(model, tokenizer, name=called, compute=compute)
     check_beginning(policy)
     return policy

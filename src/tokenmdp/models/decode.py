@@ -9,13 +9,12 @@ that reads a preallocated slab of keys and values:
 * A prefix is read once for all its samples, then its keys and values are copied to their rows (`shared prefill`).
 * Keys and values of grouped heads are never repeated: the query heads of a group become query rows of one product.
 * Rows that ended leave: when enough have, the slab is compacted, so the last long responses do not pay for the short
-ones.
+  ones.
 * One uniform number a token, drawn beforehand (`sampling.draw`), makes a row's response independent of its neighbours.
 
 `slow` is the twin without any of it, a full forward pass at every token: the tests hold `fast` against it, and a model
-for which
-`agrees` finds a difference (a body that keeps other state than keys and values, an attention with extra terms) is
-decoded by it.
+for which `agrees` finds a difference (a body that keeps other state than keys and values, an attention with extra
+terms) is decoded by it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Heads on a body: the critic's value.
 
-A critic is a body and one linear map: V(s_t) = w · h_{t−1} + b, where h_{t−1} is the body's state after reading s_t =
-    tokens[:t].
-Started from a reward model it is that reward model read at every prefix: V(s_t) = r(s_t) before the first update.
+A critic is a body and one linear map: V(s_t) = w · h_{t−1} + b, where h_{t−1} is the body's state after reading
+s_t = tokens[:t]. Started from a reward model it is that reward model read at every prefix: V(s_t) = r(s_t) before the
+first update.
 
 A head reads either the last state or the mean of the states so far (`pooled`). The last state of a language model is
 made for the next token; with few labels and a body that hardly trains, the mean says more about the whole text.

@@ -1,9 +1,8 @@
 """A policy π(a | s): prefixes to distributions over the next token.
 
 Two verbs carry everything: `sample` draws responses (the rollout engine is `decode.py`) and `evaluate` says what the
-    policy makes of
-given ones. The one-position shift of a language model, logits at t − 1 for the token at t, happens in `evaluate` and
-nowhere else.
+policy makes of given ones. The one-position shift of a language model, logits at t − 1 for the token at t, happens in
+`evaluate` and nowhere else.
 """
 
 from __future__ import annotations
@@ -55,7 +54,6 @@ class Policy:
         self._slab: bool | None = None
 
     # -- who trains
-    # ---------------------------------------------------------------------------------------------------------
 
     def twin(self, train: str, name: str | None = None) -> Policy:
         """A policy that starts equal to this one and trains `train` (see `Backbone.twin`); this one is frozen from
@@ -85,7 +83,6 @@ class Policy:
         return self.backbone.model
 
     # -- text
-    # ---------------------------------------------------------------------------------------------------------------
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text, without special tokens added."""
@@ -131,7 +128,6 @@ class Policy:
         return whole[len(before) :] if whole.startswith(before) else self.decode(response)
 
     # -- the policy
-    # ---------------------------------------------------------------------------------------------------------
 
     def sample(
         self,
@@ -279,7 +275,6 @@ class Policy:
         return bool(torch.allclose(ours, whole, rtol=1e-3, atol=1e-3 * float(whole.abs().max())))
 
     # -- on disk
-    # ------------------------------------------------------------------------------------------------------------
 
     def save(self, folder: Path | str) -> None:
         """Write a Hugging Face directory (safetensors and tokenizer); LoRA adapters are folded in."""

@@ -2,11 +2,10 @@
 
     q(v) ∝ exp(z_v / T) · 1[v in the kept set],   a = min{v : Σ_{u ≤ v} q(u) > U},   U ~ Uniform[0, 1)
 
-The draw inverts the cumulative distribution with one uniform number a row, so it costs one pass over the logits
-instead of one
-random number per vocabulary entry, and a row's tokens depend on its own uniforms alone: not on which rows share its
-batch.
-The sum runs over blocks first and inside one block after, which keeps float32 rounding near 1e-6 for any vocabulary.
+The draw inverts the cumulative distribution with one uniform number a row, so it costs one pass over the logits instead
+of one random number per vocabulary entry, and a row's tokens depend on its own uniforms alone: not on which rows share
+its batch. The sum runs over blocks first and inside one block after, which keeps float32 rounding near 1e-6 for any
+vocabulary.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""Best-of-n: sample n responses, keep the one the reward likes best. Policy improvement at decoding time, without any
-training.
+"""Best-of-n: sample n responses, keep the one the reward likes best; policy improvement without any training.
 
     y* = argmax_{y_1 … y_n ~ π} r(x, y),   KL(π_bo-n ‖ π) ≤ log n − (n − 1)/n
 

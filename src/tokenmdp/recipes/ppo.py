@@ -5,14 +5,13 @@
     ℓ_t  = − min( ρ_t Â_t, clip(ρ_t, 1 ± ε) Â_t ),   ρ_t = π(a_t | s_t) / π_old(a_t | s_t)
 
 The critic starts as the reward model read at every prefix. A response cut at the horizon is judged as it stands: the
-horizon is
-part of the MDP, so nothing is bootstrapped after it; `truncation` takes that much off its score where that is not
-wanted.
+horizon is part of the MDP, so nothing is bootstrapped after it; `truncation` takes that much off its score where that
+is not wanted.
 
 Source: Schulman et al. 2017, eqs. 7, 11, 12; the KL reward: Ouyang et al. 2022, eq. 2; adaptive β: Ziegler et al.
 2019, section 2.2; details as in Huang et al. 2024 ("The N+ implementation details of RLHF with PPO").
-Differs: by default only the critic's head trains, on the reward model's frozen body, whose states are computed once a
-    phase.
+Differs: by default only the critic's head trains, on the reward model's frozen body, whose states are computed once
+a phase.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     min_φ  − E log σ( r_φ(x, y_chosen) − r_φ(x, y_rejected) − m )  +  c · ( r_φ(x, y_chosen) + r_φ(x, y_rejected) )²
 
-The reward that explains the preferences is a proxy of expensive feedback: it can be asked as often as one likes, and
-it is wrong where the policy goes that the comparisons did not.
+The reward that explains the preferences is a proxy of expensive feedback: it can be asked as often as one likes, and it
+is wrong where the policy goes that the comparisons did not.
 
 Source: Bradley & Terry 1952; Ouyang et al. 2022, eq. 1; margin: Touvron et al. 2023 (Llama 2), eq. 2; centring:
     Eisenstein et al. 2023.

@@ -3,8 +3,8 @@
     min_θ  − E_{(s, a) ~ demonstrations} log π_θ(a | s)
 
 Behaviour cloning needs demonstrations only: no reward, and no step of the dynamics. It is also the policy gradient
-    with reward 1
-on the demonstrator's actions. Its errors compound where the learner's own prefixes leave the demonstrated ones.
+with reward 1 on the demonstrator's actions. Its errors compound where the learner's own prefixes leave the
+demonstrated ones.
 
 Source: Pomerleau 1989; for language models Ouyang et al. 2022, section 3.5 (SFT).
 Differs: every token weighs the same by default (`per_token`), over the whole batch, not the average of each

@@ -36,8 +36,8 @@ LOAD_SECONDS = 300.0
 """How long a file may take to load (it may import large libraries)."""
 
 
-class RewardFailure(RuntimeError):
-    """Too many responses of one batch got no verdict."""
+class RewardFailure(ValueError):
+    """Too many responses of one batch got no verdict: the function or its limits need a change."""
 
 
 class NoAnswer(Exception):
@@ -62,8 +62,9 @@ class FunctionReward:
     row is judged by itself: after a failed call the function sees one row at a time.
 
     Given as `path/to/file.py:function` the function runs in a process of its own, which is killed and started again
-    when a call runs over its time. Given as a Python callable it runs in a thread; Python cannot kill a thread, so one
-    that hangs goes on in the background.
+    when a call runs over its time. Given as a Python callable it runs in a thread. Python cannot kill a thread: one
+    that hangs goes on in the background, and one that never lets the interpreter go (a regular expression that
+    backtracks for ever) stops the whole program. A function that may hang is better given by its file.
 
     Args:
         function: a callable, or `path/to/file.py:function`.
@@ -222,7 +223,9 @@ class InThread:
         def work() -> None:
             try:
                 with torch.no_grad():
-                    outcome.append(worker.call(self.function, arguments))
+                    # Copies: the function may change its lists, and the rows are needed again if it fails.
+                    copies = {name: list(values) for name, values in arguments.items()}
+                    outcome.append(worker.call(self.function, copies))
             except BaseException as error:  # also SystemExit, which would end the thread without a word
                 outcome.append(error)
 

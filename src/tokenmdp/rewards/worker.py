@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import json
-import math
 import os
 import queue
 import signal
@@ -23,6 +22,9 @@ from typing import Any
 
 Row = float | list[float] | str
 """What one response got: a number, a number a token, or (a string) the reason why there is no verdict."""
+
+
+LARGEST = 3.4028234663852886e38  # of a 32-bit number, which is what scores are
 
 
 class WrongAnswer(ValueError):
@@ -81,13 +83,14 @@ def read(result: Any) -> Row:
     if hasattr(result, "tolist"):  # an array or a tensor
         result = result.tolist()
     if isinstance(result, (list, tuple)):
-        parts = [number(part) for part in result]
-        bad = next(((t, part) for t, part in enumerate(parts) if isinstance(part, str)), None)
-        return (
-            [part for part in parts if isinstance(part, float)]
-            if bad is None
-            else f"{bad[1]} at response token {bad[0]}"
-        )
+        parts = []
+        for t, part in enumerate(result):
+            read_part = number(part)
+            if isinstance(read_part, str):
+                return f"{read_part} at response token {t}"
+            parts.append(read_part)
+        total = number(sum(parts))
+        return total if isinstance(total, str) else parts
     return number(result)
 
 
@@ -101,7 +104,7 @@ def number(result: Any) -> float | str:
         value = float(result)
     except (TypeError, ValueError, OverflowError) as error:
         return f"returned a value of type {type(result).__name__}, which is no number ({error})"
-    return value if math.isfinite(value) else f"returned {value}"
+    return value if abs(value) <= LARGEST else f"returned {value}, which is no finite 32-bit number"
 
 
 def explain(error: BaseException) -> str:

@@ -1,0 +1,298 @@
+"""Rows from files of every kind, and tokens from rows."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokenmdp.models.policy import Policy
+from tokenmdp.models.tiny import tiny
+from tokenmdp.tasks import data
+from tokenmdp.types import Pairs
+
+ROWS = [{"prompt": "1+1=", "completion": "2"}, {"prompt": "<b>2+2</b>=", "completion": 'a "quoted", line\nand é'}]
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% if m['role'] == 'assistant' %}<eos>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    return tiny()
+
+
+@pytest.fixture
+def chatty() -> Policy:
+    policy = tiny()
+    policy.tokenizer.chat_template = TEMPLATE
+    return policy
+
+
+# -- rows ---------------------------------------------------------------------------------------------------------------
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """The rows in the format the file's name asks for."""
+    import csv
+    import io
+
+    import pyarrow
+    from pyarrow import parquet
+
+    kind = path.name.removesuffix(".gz").rpartition(".")[2]
+    if kind == "parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        return path
+    if kind == "csv":
+        out = io.StringIO(newline="")
+        writer = csv.DictWriter(out, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+        text = out.getvalue()
+    else:
+        text = json.dumps(rows) if kind == "json" else "\n".join(json.dumps(row) for row in rows) + "\n\n"
+    raw = text.encode()
+    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
+    return path
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.json", "d.csv", "d.parquet", "d.jsonl.gz", "d.csv.gz"])
+def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, name: str) -> None:
+    assert data.rows(write(tmp_path / name, ROWS)) == ROWS
+
+
+def test_a_folder_has_splits(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", ROWS)
+    write(tmp_path / "test.csv", ROWS[:1])
+    assert len(data.rows(tmp_path)) == 2
+    assert len(data.rows(tmp_path, "test")) == 1
+    with pytest.raises(ValueError, match=r"no file dev\.jsonl.*it has test\.csv, train\.jsonl"):
+        data.rows(tmp_path, "dev")
+
+
+def test_a_changed_file_is_read_anew(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.jsonl", ROWS)
+    data.rows(path)
+    write(path, ROWS[:1])
+    assert data.rows(path) == ROWS[:1]
+
+
+def test_marks_and_lines_of_other_programs(tmp_path: Path) -> None:
+    (tmp_path / "bom.csv").write_bytes("﻿prompt,answer\r\nq,4\r\n".encode())
+    assert data.rows(tmp_path / "bom.csv") == [{"prompt": "q", "answer": "4"}]
+    (tmp_path / "lines.json").write_text('{"prompt": "a\\u2028b"}\n{"prompt": "c"}\n')
+    assert [r["prompt"] for r in data.rows(tmp_path / "lines.json")] == ["a\u2028b", "c"]
+    (tmp_path / "long.csv").write_text("text\n" + "x" * 200_000 + "\n")
+    assert len(data.rows(tmp_path / "long.csv")[0]["text"]) == 200_000
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("d.jsonl", b'{"a": 1}\n{"a": \n', "line 2: not JSON"),
+        ("d.jsonl", b"[1, 2]\n", "line 1: [1, 2] is not a row"),
+        ("d.jsonl", b"", "has no rows"),
+        ("d.json", b"3", "it must be a list of rows"),
+        ("d.csv", b"a,b\n1,2,3\n", "line 2: not as many cells as the 2 columns"),
+        ("d.csv", b"a,b\n", "has no rows"),
+        ("d.csv", b'a,b\n"1,2\n', "cannot be read as UTF-8 csv"),
+        ("d.jsonl", b'{"a": "\xff"}\n', "cannot be read as UTF-8 jsonl"),
+        ("d.jsonl.gz", b"not gzip", "cannot be read as UTF-8 jsonl"),
+        ("d.parquet", b"not parquet", "not a whole Parquet file"),
+        ("d.xlsx", b"", "ends in one of .jsonl, .json, .csv, .parquet"),
+    ],
+)
+def test_a_file_that_cannot_be_read_says_where(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=name.replace(".", r"\.")) as caught:
+        data.rows(tmp_path / name)
+    assert words in str(caught.value)
+
+
+def test_data_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "preferences.jsonl", ROWS)
+    with pytest.raises(ValueError, match=r"there is no data at .*did you mean .*preferences\.jsonl\?"):
+        data.rows(tmp_path / "preference.jsonl")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="no file or folder here, and as a hub data set it could not be read"):
+        data.rows("someone/some-data-nobody-has")
+
+
+# -- tokens -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_demonstration_is_state_then_actions_then_the_end(policy: Policy) -> None:
+    b = data.demonstrations(ROWS, policy)
+    end = policy.eos_ids[0]
+    for i, row in enumerate(ROWS):
+        said = b.tokens[i][b.action[i]].tolist()
+        assert said == [*policy.encode(row["completion"]), end], "the end of text is learned: it is an action"
+        assert b.prompts[i].ids == tuple(policy.encode(row["prompt"]))
+        assert b.tokens[i, : len(b.prompts[i].ids)].tolist() == list(b.prompts[i].ids)
+    assert b.ended.tolist() == [True, True]
+    assert b.texts[0] == "2"
+
+
+def test_cut_demonstrations_do_not_end(policy: Policy) -> None:
+    b = data.demonstrations(
+        [{"prompt": "q", "completion": "abc"}, {"prompt": "q", "completion": "ab"}], policy, max_tokens=3
+    )
+    assert b.ended.tolist() == [False, True], "three letters and no end; two letters and the end"
+    assert b.texts == ("abc", "ab")
+    assert policy.eos_ids[0] not in b.tokens[0][b.action[0]].tolist()
+
+
+def test_plain_text_starts_where_the_tokenizer_starts_it(policy: Policy) -> None:
+    b = data.demonstrations([{"text": "abc"}, {"text": "z"}], policy)
+    assert [p.text for p in b.prompts] == ["a", "z"]
+    assert b.texts == ("bc", "")
+    assert b.action.sum(-1).tolist() == [3, 1], "bc and the end; the end alone"
+    begun = tiny()
+    from tokenizers import processors
+
+    begun.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", begun.tokenizer.bos_token_id)]
+    )
+    b = data.demonstrations([{"text": "abc"}], begun)
+    assert b.prompts[0].ids == (begun.tokenizer.bos_token_id,)
+    assert b.texts == ("abc",)
+
+
+def test_a_chat_goes_through_the_template_and_ends_once(chatty: Policy) -> None:
+    ask, reply = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}
+    for row in ({"messages": [ask, reply]}, {"prompt": [ask], "completion": "yo"}):
+        b = data.demonstrations([row], chatty)
+        assert b.prompts[0].text == "<user>hi<assistant>"
+        # The template writes the end and a newline; the newline comes after the end and is no action.
+        assert b.tokens[0][b.action[0]].tolist() == [*chatty.encode("yo"), chatty.eos_ids[0]]
+        assert b.texts == ("yo",)
+
+
+def test_messages_without_a_template_are_an_error_with_a_remedy(policy: Policy) -> None:
+    with pytest.raises(
+        ValueError, match="row 0 holds chat messages, but the tokenizer of tiny has no chat template: give"
+    ):
+        data.prompts([{"messages": [{"role": "user", "content": "hi"}]}], policy)
+
+
+def test_a_template_that_rewrites_the_past_is_an_error(chatty: Policy) -> None:
+    chatty.tokenizer.chat_template = "{{ messages | length }}" + TEMPLATE
+    with pytest.raises(ValueError, match="row 0: the chat template of tiny writes a conversation differently"):
+        data.demonstrations([{"prompt": [{"role": "user", "content": "a"}], "completion": "b"}], chatty)
+
+
+def test_prompts_carry_their_row_and_columns(policy: Policy) -> None:
+    found = data.prompts([{"question": "2+2?", "answer": "#### 4"}, {"prompt": "q", "level": 3}], policy)
+    assert [(p.row, p.text, dict(p.columns)) for p in found] == [
+        (0, "2+2?", {"answer": "#### 4"}),
+        (1, "q", {"level": 3}),
+    ]
+
+
+def test_pairs_share_the_prompt_and_keep_the_margin(policy: Policy) -> None:
+    rows = [
+        {"prompt": "q", "chosen": "yes", "rejected": "no", "margin": 0.5},
+        {"prompt": "r", "chosen": "a", "rejected": "b"},
+    ]
+    pairs = data.pairs(rows, policy)
+    assert pairs.chosen.prompts == pairs.rejected.prompts
+    assert (pairs.chosen.texts, pairs.rejected.texts) == (("yes", "a"), ("no", "b"))
+    assert pairs.margin.tolist() == [0.5, 0.0]
+    assert bool(pairs.chosen.ended.all())
+
+
+def test_labelled_completions(policy: Policy) -> None:
+    b = data.labelled(
+        [{"prompt": "q", "completion": "a", "label": "true"}, {"prompt": "q", "completion": "b", "label": 0}], policy
+    )
+    assert [p.columns["label"] for p in b.prompts] == [True, False]
+
+
+def test_what_does_not_fit_the_context_says_row_length_and_limit(policy: Policy) -> None:
+    limit = policy.context
+    with pytest.raises(ValueError, match=rf"prompt of row 1 has {limit} tokens, the context of tiny is {limit}"):
+        data.prompts([{"prompt": "a"}, {"prompt": "a" * limit}], policy)
+    with pytest.raises(ValueError, match=rf"row 0 has 12 prompt and {limit + 1} response tokens.*at most {limit - 12}"):
+        data.demonstrations([{"prompt": "a" * 12, "completion": "b" * limit}], policy)
+
+
+@pytest.mark.parametrize("read", [data.prompts, data.demonstrations, data.pairs, data.labelled])
+def test_no_rows_is_an_error(policy: Policy, read: Any) -> None:
+    with pytest.raises(ValueError, match="there are no rows"):
+        read([], policy)
+
+
+def test_max_tokens_must_leave_room(policy: Policy) -> None:
+    with pytest.raises(ValueError, match="max_tokens is 0"):
+        data.demonstrations(ROWS, policy, max_tokens=0)
+
+
+@given(st.text(max_size=20).filter(bool), st.text(max_size=20).filter(bool))
+@settings(max_examples=60, deadline=None)
+def test_markup_and_control_characters_are_just_text(prompt: str, completion: str) -> None:
+    """With a tokenizer that can spell everything, prompt and completion come back to the letter."""
+    words = _words()
+    b = data.demonstrations([{"prompt": prompt, "completion": completion}], words)
+    assert b.prompts[0].text == prompt
+    assert words.decode(b.tokens[0][b.action[0]].tolist()) == completion
+
+
+_kept: list[Policy] = []
+
+
+def _words() -> Policy:
+    if not _kept:
+        _kept.append(tiny(["some words and <b>markup</b> to learn"] * 3, 300))
+    return _kept[0]
+
+
+def test_a_response_is_tokenised_as_it_is_written_after_its_prompt() -> None:
+    """`film` alone may be other tokens than ` film` after a word: what follows a prompt is what the policy would have to write."""
+    words = tiny(["the film was good, the film was bad"] * 9, 300)
+    b = data.demonstrations([{"prompt": "the", "completion": " film"}, {"prompt": "the fi", "completion": "lm"}], words)
+    assert b.tokens[0][b.action[0]].tolist()[:-1] == words.encode("the film")[1:]
+    assert words.decode(b.tokens[1].tolist()[: int(b.length[1]) - 1]) == "the film"
+    assert b.prompts[1].ids == tuple(words.encode("the fi")), "a prompt keeps its own tokens, whatever follows"
+
+
+# -- split --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_split_is_disjoint_whole_and_of_the_generator(policy: Policy) -> None:
+    b = data.demonstrations([{"prompt": f"{i}", "completion": "a"} for i in range(20)], policy)
+    learned, kept = data.split(b, 0.25, torch.Generator().manual_seed(0))
+    rows = [p.row for p in learned.prompts], [p.row for p in kept.prompts]
+    assert (len(rows[0]), len(rows[1])) == (15, 5)
+    assert sorted(rows[0] + rows[1]) == list(range(20))
+    again = data.split(b, 0.25, torch.Generator().manual_seed(0))
+    other = data.split(b, 0.25, torch.Generator().manual_seed(1))
+    assert [p.row for p in again[1].prompts] == rows[1] != [p.row for p in other[1].prompts]
+
+
+def test_pairs_of_one_prompt_stay_together(policy: Policy) -> None:
+    rows = [{"prompt": f"{i % 5}", "chosen": f"{i}", "rejected": "b"} for i in range(20)]
+    learned, kept = data.split(data.pairs(rows, policy), 0.4, torch.Generator().manual_seed(0))
+    assert isinstance(learned, Pairs)
+    sides = [{p.text for p in part.chosen.prompts} for part in (learned, kept)]
+    assert sides[0].isdisjoint(sides[1])
+    assert (len(learned), len(kept)) == (12, 8)
+
+
+def test_a_split_of_too_little_is_an_error(policy: Policy) -> None:
+    rng = torch.Generator()
+    b = data.demonstrations(ROWS, policy)
+    with pytest.raises(ValueError, match=r"share is 1\.0; it must lie between 0 and 1"):
+        data.split(b, 1.0, rng)
+    with pytest.raises(ValueError, match="1 rows with 1 different prompts cannot be split"):
+        data.split(b.select([0]), 0.5, rng)
+    learned, kept = data.split(b, 0.01, rng)
+    assert (len(learned), len(kept)) == (1, 1), "both parts have something"
