@@ -419,7 +419,7 @@ def test_config_json_says_what_the_run_follows_from(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "config.json").read_text())
     assert found["seed"] == 7
     assert found["threads"] == torch.get_num_threads()
-    assert {"python", "torch", "transformers", "numpy"} <= found["versions"].keys()
+    assert {"tokenmdp", "python", "torch", "transformers", "numpy"} <= found["versions"].keys()
     assert found["command"] == sys.argv
 
 

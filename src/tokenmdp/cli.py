@@ -100,7 +100,8 @@ def user_verb(file: Path) -> Verb:
 def execute(verb: Verb, argv: Sequence[str]) -> int:
     """Run a verb in its folder; print what came of it."""
     module = verb.load()
-    settings, options = config.parse(module.Config, argv, f"tokenmdp {verb.name}", module.__doc__)
+    about = f"{verb.help}.\n\nHow it works: {verb.file}"
+    settings, options = config.parse(module.Config, argv, f"tokenmdp {verb.name}", about)
     if options.print_config:
         print(config.to_yaml(settings), end="")
         return 0

@@ -45,6 +45,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tokenmdp import __version__
+
 DASHBOARDS = ("tensorboard", "wandb", "trackio")
 Sink = Callable[[str, int, Mapping[str, float]], None]
 
@@ -434,7 +436,6 @@ class Run:
         run._lock()
         if old is not None and overwrite:
             _clear(run.folder, old)
-            run.folder.mkdir(parents=True, exist_ok=True)
             old = None
         run._begin(old)
         if resume and old is None:
@@ -451,29 +452,18 @@ class Run:
         self._guard = (self.folder / ".lock").open("w")
         try:
             fcntl.lockf(self._guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as fault:
+        except (BlockingIOError, PermissionError) as fault:
             raise RunExists(
                 f"another process is still writing {self.folder}: wait for it, stop it, or use --out"
             ) from fault
 
     def _begin(self, old: dict[str, Any] | None) -> None:
         """Write config.json, or compare with it and cut the files back to the newest whole checkpoint."""
-        versions = {name: metadata.version(name) for name in ("torch", "transformers", "numpy")}
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions["tokenmdp"] = metadata.version("tokenmdp")
-        versions["python"] = sys.version.split()[0]
-        new: dict[str, Any] = {
-            "config": self.config,
-            "seed": self.seed,
-            "stage": self._name,
-            "threads": torch.get_num_threads(),
-        }
-        new |= {
-            "versions": versions,
-            "command": sys.argv,
-            "id": uuid.uuid4().hex[:8],
-            "files": ["metrics.jsonl", "times.jsonl"],
-        }
+        versions = {"tokenmdp": __version__, "python": sys.version.split()[0]}
+        versions |= {name: metadata.version(name) for name in ("torch", "transformers", "numpy")}
+        new: dict[str, Any] = {"config": self.config, "seed": self.seed, "stage": self._name}
+        new |= {"threads": torch.get_num_threads(), "versions": versions, "command": sys.argv}
+        new |= {"id": uuid.uuid4().hex[:8], "files": ["metrics.jsonl", "times.jsonl"]}
         self._header = new if old is None else old
         _seed_the_global_streams(self.seed, self._name)
         if old is None:
@@ -698,7 +688,8 @@ class Run:
         self._scribble(text + "\n")
 
     def _scribble(self, text: str) -> None:
-        with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
+        path = self.folder / "log.txt"
+        with _writing(path, len(text)), open(path, "a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}")
 
     def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:

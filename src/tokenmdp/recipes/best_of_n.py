@@ -72,7 +72,8 @@ def train(cfg: Config, policy: Policy, prompts: list[Prompt], reward: Reward, ru
                 }
                 run.append("samples.jsonl", line)
         judged = score.verdict
-        totals.add(float(score.value[judged].sum()), int(judged.sum()), float(score.value[chosen].sum()), len(chosen))
+        kept = chosen[judged[chosen]]  # of a prompt whose every response lacks a verdict nothing is counted
+        totals.add(float(score.value[judged].sum()), int(judged.sum()), float(score.value[kept].sum()), len(kept))
         run.log(
             step,
             {

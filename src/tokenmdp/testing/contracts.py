@@ -26,7 +26,7 @@ from torch import Tensor
 
 from tokenmdp.mdp import SETTINGS
 from tokenmdp.models.parts import cut
-from tokenmdp.run import Run, Stateful
+from tokenmdp.run import Run
 from tokenmdp.types import Batch, Data, Loss, Reward, Score
 
 Build = Callable[[], tuple[Any, Sequence[Any]]]
@@ -108,7 +108,7 @@ class _Checked(Run):
 
     stop: int | None = None
 
-    def steps(self, n: int, *state: Stateful, title: str, every_seconds: float = 0.0, keep: int = 2) -> Iterator[int]:
+    def steps(self, n: int, *state: Any, title: str, every_seconds: float = 0.0, keep: int = 2) -> Iterator[int]:
         return super().steps(n, *state, title=title, every_seconds=0.0, keep=keep)
 
     def log(self, step: int, metrics: Any, headline: Sequence[str] = ()) -> None:

@@ -1,0 +1,79 @@
+"""Reward modelling: it learns a preference, says how well, and leaves the policy alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from tiny_recipes import build_reward_model, preferences
+from tokenmdp.recipes import reward_model
+from tokenmdp.rewards.reward_model import RewardModel
+from tokenmdp.run import Run
+from tokenmdp.types import Batch, Pairs
+
+
+def learn(folder: Path, **changes: object) -> tuple[RewardModel, dict[str, object], list[dict[str, float]]]:
+    cfg, (body, _, _) = build_reward_model(**changes)
+    with Run.open(folder / "run", config={}, seed=0) as run:
+        reward, figures = reward_model.train(cfg, body, preferences(120), preferences(60, seed=7), run)
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    return reward, figures, lines
+
+
+@pytest.mark.parametrize("train", ["all", "lora-4"])
+def test_it_learns_a_preference(train: str, tmp_path: Path) -> None:
+    _, figures, lines = learn(tmp_path, train=train, epochs=2, learning_rate=1e-2)
+    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-6), "it starts indifferent: −log σ(0)"
+    assert figures["n_pairs"] == 60
+    assert figures["accuracy"] > 0.85
+    assert figures["low"] < figures["accuracy"] < figures["high"]
+    assert sum(line["rewards/accuracies"] for line in lines[-5:]) / 5 > 0.85
+    assert 0 <= figures["ece"] < 0.35
+
+
+def test_the_accuracy_is_that_of_the_scores(tmp_path: Path) -> None:
+    reward, figures, _ = learn(tmp_path)
+    held_out = preferences(60, seed=7)
+    right = (reward(held_out.chosen).value > reward(held_out.rejected).value).float().mean()
+    assert figures["accuracy"] == pytest.approx(float(right))
+
+
+def test_scores_are_normalised_on_the_held_out_responses(tmp_path: Path) -> None:
+    reward, _, _ = learn(tmp_path)
+    held_out = preferences(60, seed=7)
+    value = reward(Batch.concat([held_out.chosen, held_out.rejected])).value
+    assert float(value.mean()) == pytest.approx(0, abs=1e-4)
+    assert float(value.std(unbiased=False)) == pytest.approx(1, abs=1e-4)
+
+
+def test_every_epoch_meets_every_pair_once(tmp_path: Path) -> None:
+    """21 pairs, 8 a step: three steps an epoch, the last one of 5; with a slope of 1 a pair the sums count them."""
+    cfg, (body, _, held_out) = build_reward_model(rows=8, epochs=2)
+    with Run.open(tmp_path / "run", config={}, seed=0) as run:
+        reward_model.train(cfg, body, preferences(21), held_out, run)
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 6
+
+
+def test_a_tie_counts_half() -> None:
+    """A reward that always says 0 is right half of the time."""
+    _, (body, _, _) = build_reward_model()
+    figures = reward_model.judge(RewardModel.from_policy(body, "head"), preferences(10))
+    assert figures["accuracy"] == 0.5
+
+
+def test_a_demanded_margin_widens_the_gap(tmp_path: Path) -> None:
+    cfg, (body, pairs, held_out) = build_reward_model(epochs=4, learning_rate=1e-2)
+    gap = {}
+    for margin in (False, True):
+        wide = Pairs(pairs.chosen, pairs.rejected, torch.full((len(pairs),), 3.0))
+        changed, _ = build_reward_model(epochs=4, learning_rate=1e-2, margin=margin)
+        with Run.open(tmp_path / str(margin), config={}, seed=0) as run:
+            reward, _ = reward_model.train(changed, body, wide, held_out, run)
+        score = [float(reward(side).value.mean()) * reward.scale for side in (pairs.chosen, pairs.rejected)]
+        gap[margin] = score[0] - score[1]
+    assert gap[True] > gap[False] + 0.5
+    assert cfg.margin is False
