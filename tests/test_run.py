@@ -97,7 +97,8 @@ def train(folder: Path, resume: bool = True) -> None:
             stage = run.stage(name)
             if stage.result() is None:
                 stage.finish(fit(stage, 6, pause=0.008))
-        run.finish(fit(run, 20, pause=0.008))
+        if run.result() is None:  # it may have been killed between its result and its end
+            run.finish(fit(run, 20, pause=0.008))
 
 
 def written(folder: Path) -> dict[str, bytes]:
@@ -335,7 +336,7 @@ def test_a_folder_with_a_run_is_not_taken_by_another(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("choice", [{}, {"resume": True}, {"overwrite": True}])
 @pytest.mark.parametrize("text", ['{"model_type": "llama"}', "{", "[]"])
-def test_a_folder_that_is_not_a_runs_is_never_touched(tmp_path: Path, choice: dict[str, bool], text: str) -> None:
+def test_a_folder_that_is_not_a_runs_is_never_touched(tmp_path: Path, choice: dict[str, Any], text: str) -> None:
     (tmp_path / "config.json").write_text(text)
     (tmp_path / "metrics.jsonl").write_text("mine\n")
     with pytest.raises(RunExists, match="is not a run's folder"):
@@ -461,7 +462,7 @@ def test_a_stage_has_a_plain_name(tmp_path: Path, name: str) -> None:
 
 def test_metrics_are_exact_and_the_clock_is_elsewhere(tmp_path: Path) -> None:
     with Run.open(tmp_path, {}, seed=1) as run:
-        run.log(0, {"objective/kl": 0.1 + 0.2, "num_tokens": 12, "loss": torch.tensor(0.1)})
+        run.log(0, {"objective/kl": 0.1 + 0.2, "num_tokens": 12, "loss": torch.tensor(0.1).item()})
     line = (tmp_path / "metrics.jsonl").read_text()
     assert line == '{"step": 0, "objective/kl": 0.30000000000000004, "num_tokens": 12, "loss": 0.10000000149011612}\n'
     assert json.loads((tmp_path / "times.jsonl").read_text()).keys() == {"step", "seconds", "at"}

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -270,6 +270,7 @@ class Score:
         return Score(torch.where(verdict, value, torch.zeros_like(value)), verdict)
 
 
+@runtime_checkable
 class Reward(Protocol):
     """Whatever can judge a batch: a learned model, a classifier, a verifier, a user's function, a mixture."""
 
@@ -278,6 +279,7 @@ class Reward(Protocol):
     def __call__(self, batch: Batch) -> Score: ...
 
 
+@runtime_checkable
 class Data(Protocol):
     """What the learner can cut into micro-batches: `Batch` and `Pairs`."""
 

@@ -2,6 +2,8 @@
 
 A five-token model has 85 responses of up to three tokens. With every response in the batch, weighted by its probability,
 what the learner accumulates is an expectation without sampling noise, and must equal the gradient of the enumerated objective.
+
+GPT-2 computes in float64 throughout, so equality is to 1e-9; Llama's norms always compute in float32, and it is held to 1e-5.
 """
 
 from __future__ import annotations
@@ -33,12 +35,14 @@ class Toy(NamedTuple):
         reference: what it started from; different by now.
         world: every response.
         score: of each response.
+        tolerance: relative, of gradients.
     """
 
     policy: Policy
     reference: Policy
     world: Exact
     score: Tensor
+    tolerance: float
 
     def logp(self, policy: Policy | None = None, temperature: float = 1.0) -> Tensor:
         """By the model's own forward pass over whole rows: nothing of `Policy.evaluate`."""
@@ -52,27 +56,29 @@ class Toy(NamedTuple):
     def assert_gradient(
         self, loss: Callable[..., Tensor], weight: Tensor, want: Tensor, tokens: int = 60, **columns: Tensor
     ) -> None:
-        """The learner's gradient of Σ weight · loss is `want`, up to float64."""
+        """The learner's gradient of Σ weight · loss is `want`."""
         learner = Learner(self.policy, 1.0, tokens=tokens)
         learner.gradient(lambda part, **c: (loss(part, **c), {}), self.world.batch, weight, **columns)
         zeros = (torch.zeros_like(p) if p.grad is None else p.grad for p in learner.named.values())
         found = torch.cat([g.reshape(-1) for g in zeros])
         assert float(want.norm()) > 1e-3, "a test against no gradient shows nothing"
-        assert float((found - want).norm()) < 1e-9 * float(want.norm())
+        assert float((found - want).norm()) < self.tolerance * float(want.norm())
 
 
-@pytest.fixture(params=["all", "top-1", "lora-2"])
+@pytest.fixture(params=["gpt2 all", "gpt2 top-1", "gpt2 lora-2", "llama all"])
 def toy(request: pytest.FixtureRequest) -> Toy:
-    reference = tiny("llama", vocabulary=V)
+    name, train = request.param.split()
+    reference = tiny(name, vocabulary=V)
     reference.model.double()
-    policy = reference.twin(request.param)
+    policy = reference.twin(train)
     rng = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for _, weight in policy.trained():
             weight.add_(0.1 * torch.randn(weight.shape, generator=rng, dtype=torch.float64))
     world = Exact(START, V, H, eos=EOS)
     assert len(world) == 85
-    return Toy(policy, reference, world, world.score(lambda r: r.count(3) - 0.5 * (r[-1] == EOS) + 0.3 * (r[0] == 4)))
+    score = world.score(lambda r: r.count(3) - 0.5 * (r[-1] == EOS) + 0.3 * (r[0] == 4))
+    return Toy(policy, reference, world, score, 1e-9 if name == "gpt2" else 1e-5)
 
 
 def everywhere(toy: Toy, x: Tensor) -> Tensor:
@@ -92,7 +98,7 @@ def test_evaluate_is_the_enumerated_policy(toy: Toy) -> None:
         assert float(toy.world.probability(logp).sum()) == pytest.approx(1, abs=1e-12)
 
 
-@pytest.mark.parametrize("tokens", [1, 13, 10_000])
+@pytest.mark.parametrize("tokens", [13, 10_000])
 def test_the_score_function_gradient(toy: Toy, tokens: int) -> None:
     want = -gradient(expectation(toy.world.probability(toy.logp()), toy.score), toy.parameters)
 
