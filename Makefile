@@ -46,7 +46,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 unit: $(INSTALLED)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto  # one thread a process, one process a core
 
 demo-tiny: $(INSTALLED)
 	$(BIN)/tokenmdp demo --size tiny --out runs/demo-tiny --overwrite

@@ -67,18 +67,20 @@ def is_file_map(block: str) -> bool:
     return len(lines) > 2 and re.match(r"^[\w.\-/]+/(\s|$)", lines[0]) is not None and lines[1][0] in " │├└|"
 
 
-def broken_links(document: Path) -> list[str]:
-    """Relative links that lead nowhere."""
+def links(document: Path) -> list[tuple[str, Path, str]]:
+    """Relative links: as written, the file they lead to, and the heading there."""
     text = _FENCE.sub("", document.read_text(encoding="utf-8"))
     found = re.findall(r"\]\(\s*<?([^)>\s]+)>?(?:\s+\"[^\"]*\")?\s*\)", text)
     found += re.findall(r"^\[[^\]]+\]:\s*(\S+)", text, re.MULTILINE)
     found += re.findall(r"(?:src|href)=\"([^\"]+)\"", text)
+    parts = [(link, *link.partition("#")[::2]) for link in found if not re.match(r"[a-z][a-z+.-]*:", link)]
+    return [(link, (document.parent / path).resolve() if path else document, anchor) for link, path, anchor in parts]
+
+
+def broken_links(document: Path) -> list[str]:
+    """Relative links that lead nowhere."""
     faults = []
-    for link in found:
-        if re.match(r"[a-z][a-z+.-]*:", link):
-            continue
-        path, _, anchor = link.partition("#")
-        target = (document.parent / path).resolve() if path else document
+    for link, target, anchor in links(document):
         if not target.exists():
             faults.append(f"{document.name}: {link} leads to no file")
         elif anchor and target.suffix == ".md" and anchor not in anchors(target.read_text(encoding="utf-8")):
@@ -86,12 +88,12 @@ def broken_links(document: Path) -> list[str]:
     return faults
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_relative_links_lead_somewhere(document: Path):
     assert not broken_links(document)
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_commands_that_are_shown_exist(document: Path):
     text = document.read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
@@ -100,16 +102,18 @@ def test_commands_that_are_shown_exist(document: Path):
     assert commands(text, "tokenmdp") <= verbs
 
 
-def test_the_readme_shows_the_two_commands_and_a_map_of_files_that_exist():
+def test_the_readme_shows_the_two_commands_and_maps_every_folder():
     assert README.exists(), "pyproject.toml shows README.md on the package's page, but there is none"
     text = README.read_text(encoding="utf-8")
     assert {"demo", "test"} <= commands(text, "make")
     entries = [entry for block in blocks(text) if is_file_map(block) for entry in tree_entries(block)]
-    assert len(entries) >= 10, "README.md has no map of the files: a code block, a folder first, its files indented"
     assert [entry for entry in entries if not entry.startswith(MADE_BY_RUNS) and not (ROOT / entry).exists()] == []
+    mapped = {target for _, target, _ in links(README)} | {(ROOT / entry).resolve() for entry in entries}
+    package = ROOT / "src" / "tokenmdp"
+    assert {path.parent.name for path in package.glob("*/__init__.py") if path.parent not in mapped} == set()
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_that_are_named_exist(document: Path):
     named = [
         s for s in spans(document.read_text(encoding="utf-8")) if re.fullmatch(r"(src|docs|bench|tests)/[\w./-]+", s)

@@ -217,6 +217,28 @@ def test_the_schedule_by_hand(b: Batch) -> None:
     assert float(one.x) == pytest.approx(-sum(rates), rel=1e-6)
 
 
+class Two:
+    """A body and a head of one number each."""
+
+    def __init__(self) -> None:
+        self.body, self.head = (nn.Parameter(torch.zeros(1, dtype=torch.float64)) for _ in range(2))
+
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        yield "body.x", self.body
+        yield "score.x", self.head
+
+
+def test_weights_may_have_a_rate_of_their_own(b: Batch) -> None:
+    """The schedule of 1, ½ applies to both rates; with a constant gradient every Adam step is the rate itself."""
+    two = Two()
+    learner = Learner(two, 0.5, rates={"score": 4.0}, steps=2, schedule="linear")
+    w = weights.per_row(9, dtype=torch.float64)
+    found = [learner.step(lambda part: ((two.body + two.head).expand(len(part)), {}), b, w) for _ in range(2)]
+    assert [metrics["learning_rate"] for metrics in found] == [0.5, 0.25]
+    assert two.body.tolist() == pytest.approx([-0.75], rel=1e-6)
+    assert two.head.tolist() == pytest.approx([-6.0], rel=1e-6)
+
+
 def test_a_constant_rate_rises_once_and_stays(b: Batch) -> None:
     one = One(0.0)
     learner = Learner(one, 1.0, warmup=2)

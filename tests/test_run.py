@@ -29,7 +29,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tokenmdp.run import Bar, Run, RunExists, Screen, clock
+from tokenmdp.run import Run, RunExists
+from tokenmdp.run.screen import Bar, Screen, clock
 
 
 @pytest.fixture
@@ -508,13 +509,11 @@ def test_a_finished_run_answers_by_its_result_and_takes_no_more_lines(tmp_path: 
 
 
 def test_tensorboard_gets_every_step_of_every_stage(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     with Run.open(tmp_path, {}, seed=1, log=("tensorboard",)) as run:
         run.stage("sft").log(0, {"loss": 2.0})
         run.log(0, {"loss": 1.0})
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    events = reader.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert {tag: [e.value for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]} == {
         "sft/loss": [2.0],
         "loss": [1.0],

@@ -47,9 +47,7 @@ def command(script: Path, out: Path) -> list[str]:
 def facts(folder: Path) -> dict[str, bytes | object]:
     """Everything of a run that must not depend on when it was killed."""
     found: dict[str, bytes | object] = {
-        str(p.relative_to(folder)): p.read_bytes()
-        for p in sorted(folder.rglob("*.jsonl"))
-        if p.name != "times.jsonl"
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*.jsonl")) if p.name != "times.jsonl"
     }
     summary = json.loads((folder / "summary.json").read_text())
     found["summary"] = {k: v for k, v in summary.items() if k not in ("minutes", "peak_gb")}

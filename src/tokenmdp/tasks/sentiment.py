@@ -143,7 +143,8 @@ def gold_reward(path: Path, judging: list[Review], testing: list[Review], seed: 
         judge = TextClassifier.fit([r.text for r in judging], [r.label for r in judging], name="gold")
         accuracy = judge.accuracy([r.text for r in testing], [r.label for r in testing])
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder.parent) as partial:
+        fetch.sweep(folder.parent)
+        with tempfile.TemporaryDirectory(prefix=fetch.PARTIAL, dir=folder.parent) as partial:
             whole = Path(partial) / "whole"
             judge.save(whole)
             (whole / "accuracy.json").write_text(json.dumps({"accuracy": accuracy}))

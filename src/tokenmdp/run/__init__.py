@@ -19,14 +19,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
-import importlib.util
 import json
 import math
 import os
-import random
 import re
-import shutil
 import sys
 import time
 import traceback
@@ -37,18 +33,32 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-import numpy
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tokenmdp import __version__
+from tokenmdp.run.dashboards import Sink, check_dashboards, open_dashboard
+from tokenmdp.run.files import (
+    Chance,
+    checkpoint_files,
+    checkpoints,
+    clear,
+    find_fault,
+    number_of,
+    read_about,
+    read_header,
+    seed_the_global_streams,
+    settle,
+    sha256,
+    temporary,
+    to_json,
+    write,
+    writing,
+)
+from tokenmdp.run.screen import Bar, Screen, clock
 
-DASHBOARDS = ("tensorboard", "wandb", "trackio")
-Sink = Callable[[str, int, Mapping[str, float]], None]
+__all__ = ["Bar", "Run", "RunExists", "Stateful"]
 
 
 class RunExists(FileExistsError):
@@ -61,304 +71,6 @@ class Stateful(Protocol):
     def tensors(self) -> Mapping[str, Tensor]: ...
     def scalars(self) -> Mapping[str, Any]: ...
     def restore(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None: ...
-
-
-# The screen -----------------------------------------------------------------------------------------------------------
-
-
-def clock(seconds: float) -> str:
-    """A duration as people read it: 0:07, 12:10, 1:02:03."""
-    minutes, second = divmod(max(0, round(seconds)), 60)
-    hour, minute = divmod(minutes, 60)
-    return f"{hour}:{minute:02}:{second:02}" if hour else f"{minute}:{second:02}"
-
-
-class Bar:
-    """One bar of the display: `advance` moves it; it goes when it is full or its `with` block ends."""
-
-    def __init__(self, screen: Screen, total: int, title: str, unit: str, done: int = 0) -> None:
-        self.total, self.title, self.unit, self.done, self.headline = total, title, unit, done, ""
-        self._screen, self._first, self._born, self._moved = screen, done, time.monotonic(), time.monotonic()
-
-    def __enter__(self) -> Self:
-        self._screen.add(self)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._screen.remove(self)
-
-    def advance(self, k: int = 1) -> None:
-        """Count `k` more units as done."""
-        self.done, self._moved = self.done + k, time.monotonic()
-        self._screen.moved(self)
-
-    def __str__(self) -> str:
-        parts = [f"{self.done}/{self.total} {self.unit}".rstrip()]
-        if self.done > self._first:
-            each = (self._moved - self._born) / (self.done - self._first)
-            parts.append(f"{clock(each * (self.total - self.done) - (time.monotonic() - self._moved))} left")
-        return "  ".join([*parts, self.headline] if self.headline else parts)
-
-
-class Screen:
-    """The bars of a run and its stages: live on a terminal, a plain line every 15 seconds elsewhere."""
-
-    def __init__(self) -> None:
-        self._console = Console(stderr=True)
-        self._bars: dict[Bar, TaskID] = {}
-        self._spoke = time.monotonic()
-        self._live = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(24),
-            TextColumn("{task.fields[bar]}", markup=False),
-            console=self._console,
-            transient=True,
-            refresh_per_second=2,
-            # A live display sends what is printed to its own stream, stderr: a piped stdout must stay as it is.
-            redirect_stdout=sys.stdout.isatty(),
-        )
-
-    def add(self, bar: Bar) -> None:
-        """Show a bar below those that are there."""
-        if bar not in self._bars:
-            self._bars[bar] = self._live.add_task(bar.title, total=bar.total, completed=bar.done, bar=bar)
-        if self._console.is_interactive:
-            self._live.start()
-
-    def moved(self, bar: Bar) -> None:
-        """Bring a bar up to date; one that is full goes."""
-        if bar.done >= bar.total:
-            self.remove(bar)
-            return
-        self.add(bar)
-        self._live.update(self._bars[bar], completed=bar.done)
-        if not self._console.is_interactive and time.monotonic() - self._spoke > 15.0:
-            self.say(" | ".join(f"{b.title}: {b}" for b in self._bars))
-
-    def remove(self, bar: Bar) -> None:
-        """Take a bar away; the display ends with its last bar."""
-        if (task := self._bars.pop(bar, None)) is not None:
-            self._live.remove_task(task)
-        if not self._bars and self._console.is_interactive:
-            self._live.stop()
-
-    def say(self, text: str) -> None:
-        """Print a line above the bars, as it is."""
-        self._spoke = time.monotonic()
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    def close(self) -> None:
-        """Take every bar away."""
-        for bar in list(self._bars):
-            self.remove(bar)
-
-
-# Files ----------------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _writing(path: Path, needed: int, kept: str = "") -> Iterator[None]:
-    """Turn a failure to write `needed` bytes to `path` into a message that says where, how much, and what to do."""
-    try:
-        yield
-    except (OSError, SafetensorError) as fault:
-        free = shutil.disk_usage(path.parent).free
-        raise OSError(
-            f"cannot write {path.name} in {path.parent}: {getattr(fault, 'strerror', None) or fault}. It needs "
-            f"{needed / 1e6:,.3f} MB and {free / 1e6:,.3f} MB are free there. {kept}Make room, then go on with --resume"
-        ) from fault
-
-
-def _settle(*finished: Path) -> None:
-    """Give temporary files (.NAME.tmp) their names; after a power cut each is there whole, or is not there."""
-    for temp in finished:
-        with open(temp, "rb+") as file:
-            os.fsync(file.fileno())
-    for temp in finished:
-        os.replace(temp, temp.with_name(temp.name[1:-4]))
-    folder = os.open(finished[0].parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a small file whole or not at all."""
-    temp = _temporary(path)
-    with _writing(path, len(data)):
-        try:
-            temp.write_bytes(data)
-            _settle(temp)
-        finally:
-            temp.unlink(missing_ok=True)
-
-
-def _plain(value: Any) -> Any:
-    """What JSON has no word for: paths, tensors and arrays."""
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, Tensor | numpy.ndarray | numpy.generic):
-        return value.tolist()
-    raise TypeError(f"{value!r} of type {type(value).__name__} cannot be written as JSON")
-
-
-def _json(value: Mapping[str, Any], indent: int | None = 1, finite: bool = True) -> bytes:
-    return (json.dumps(value, indent=indent, allow_nan=not finite, ensure_ascii=False, default=_plain) + "\n").encode()
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _header(folder: Path) -> dict[str, Any] | None:
-    """What config.json says, or None where there is none of ours (a model's folder has a config.json too)."""
-    try:
-        found = json.loads((folder / "config.json").read_bytes())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return None
-    return found if isinstance(found, dict) and {"config", "seed", "stage", "files"} <= found.keys() else None
-
-
-def _clear(folder: Path, header: Mapping[str, Any]) -> None:
-    """Take away what a run and its stages wrote by themselves, and nothing else; config.json goes last."""
-    for inner in folder.iterdir():
-        if inner.is_dir() and (stage := _header(inner)) and stage["stage"]:
-            _clear(inner, stage)
-    for path in [*_checkpoint_files(folder), *folder.glob("tensorboard/events.*")]:
-        path.unlink()
-    for name in [*header["files"], "result.json", "log.txt", "config.json"]:
-        (folder / name).unlink(missing_ok=True)
-    for emptied in (folder / "checkpoints", folder / "tensorboard", folder):  # a folder with something else in it stays
-        with contextlib.suppress(OSError):
-            emptied.rmdir()
-
-
-def _checkpoint_files(folder: Path) -> list[Path]:
-    """Checkpoints, their hashes, and what a killed process left of either."""
-    ours = re.compile(r"\.?step-\d+\.(safetensors|sha256)(\.tmp)?")
-    return [path for path in folder.glob("checkpoints/*") if ours.fullmatch(path.name)]
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run, newest first."""
-    whole = [path for path in _checkpoint_files(folder) if path.suffix == ".safetensors"]
-    return sorted(whole, key=lambda path: int(path.stem.removeprefix("step-")), reverse=True)
-
-
-def _about(path: Path) -> dict[str, str]:
-    """The header of a checkpoint: its step, the states' scalars, the lengths of the files."""
-    with safe_open(path, framework="pt") as file:
-        return dict(file.metadata() or {})
-
-
-def _fault(path: Path) -> str:
-    """Why a checkpoint cannot be used; empty when it is whole."""
-    seal = path.with_suffix(".sha256")
-    if not seal.exists():
-        return f"{seal.name} is missing"
-    if seal.read_text().split()[:1] != [_sha256(path)]:
-        return f"its bytes do not match {seal.name}: it is damaged or half written"
-    for name, size in json.loads(_about(path)["files"]).items():
-        file = path.parent.parent / name
-        if not file.exists() or file.stat().st_size < size:
-            return f"{name} is shorter than it was at that step"
-    return ""
-
-
-# Chance ---------------------------------------------------------------------------------------------------------------
-
-
-def _number(seed: int, stage: str) -> int:
-    """A seed for one stage, the same on every machine; neighbouring seeds and names give unrelated streams."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{stage}".encode()).digest()[:8], "big") >> 1
-
-
-def _seed_the_global_streams(seed: int, stage: str) -> None:
-    """Model initialisation, dropout and users' code draw from these; ours draws from `Run.rng`."""
-    number = _number(seed, stage + "/global")
-    torch.manual_seed(number)
-    random.seed(number)
-    numpy.random.seed(number % 2**32)
-
-
-class _Chance:
-    """Every random stream a step may draw from, as one more state."""
-
-    def __init__(self, rng: torch.Generator) -> None:
-        self.rng = rng
-
-    def tensors(self) -> dict[str, Tensor]:
-        words = numpy.random.get_state(legacy=False)["state"]["key"].astype(numpy.int64)
-        found = {"run": self.rng.get_state(), "torch": torch.get_rng_state(), "numpy": torch.from_numpy(words)}
-        found["python"] = torch.tensor(random.getstate()[1])
-        if torch.cuda.is_available():
-            found |= {f"cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-        return found
-
-    def scalars(self) -> dict[str, Any]:
-        state = numpy.random.get_state(legacy=False)
-        return {"python": random.getstate()[2], "numpy": [state["state"]["pos"], state["has_gauss"], state["gauss"]]}
-
-    def restore(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
-        self.rng.set_state(tensors["run"].clone())
-        torch.set_rng_state(tensors["torch"].clone())
-        random.setstate((3, tuple(tensors["python"].tolist()), scalars["python"]))
-        numpy.random.set_state(("MT19937", tensors["numpy"].numpy().astype(numpy.uint32), *scalars["numpy"]))
-        if torch.cuda.is_available() and "cuda0" in tensors:
-            torch.cuda.set_rng_state_all([tensors[f"cuda{i}"].clone() for i in range(torch.cuda.device_count())])
-
-
-# Dashboards -----------------------------------------------------------------------------------------------------------
-
-
-def _dashboard(name: str, folder: Path, label: str, config: dict[str, Any]) -> tuple[Sink, Callable[[], None]]:
-    """Open a dashboard by name: how to send it a step's metrics, and how to close it.
-
-    A stage's metrics carry its name in front, for every stage counts its steps from 0.
-    """
-    if name == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(str(folder / "tensorboard"))
-
-        def to_tensorboard(stage: str, step: int, metrics: Mapping[str, float]) -> None:
-            for key, value in metrics.items():
-                writer.add_scalar(stage + key, value, step)
-
-        return to_tensorboard, writer.close
-    board: Any = importlib.import_module(name)
-    if name == "wandb":
-        mode = os.environ.get("WANDB_MODE", "offline")  # nothing leaves the machine unless the user says so
-        board = board.init(project="tokenmdp", name=folder.name, id=label, dir=folder, config=config, mode=mode)
-
-        def to_wandb(stage: str, step: int, metrics: Mapping[str, float]) -> None:  # its own count may never go back
-            board.log({f"{stage}step": step, **{stage + key: value for key, value in metrics.items()}})
-
-        return to_wandb, board.finish
-    board.init(project="tokenmdp", name=f"{folder.name}-{label}", config=config, resume="allow", embed=False)
-
-    def to_trackio(stage: str, step: int, metrics: Mapping[str, float]) -> None:
-        board.log({stage + key: value for key, value in metrics.items()}, step=step)
-
-    return to_trackio, board.finish
-
-
-def _check_dashboards(names: Sequence[str]) -> None:
-    """Find out before anything is written whether the dashboards can be had."""
-    for name in names:
-        if name not in DASHBOARDS:
-            raise ValueError(f"no dashboard is called {name!r}: there are {', '.join(DASHBOARDS)}")
-        if importlib.util.find_spec(name) is None:
-            raise ImportError(f"--log {name} needs a package that is not installed: pip install {name}")
-
-
-# The run --------------------------------------------------------------------------------------------------------------
 
 
 def _differences(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -383,8 +95,8 @@ class Run:
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any], seed: int, stage: str, parent: Run | None) -> None:
-        self.folder, self.seed, self.config = folder, seed, json.loads(_json(config, finite=False))
-        self.rng = torch.Generator().manual_seed(_number(seed, stage))
+        self.folder, self.seed, self.config = folder, seed, json.loads(to_json(config, finite=False))
+        self.rng = torch.Generator().manual_seed(number_of(seed, stage))
         self._name, self._prefix, self._parent = stage, f"{stage}/" if stage else "", parent
         self._screen: Screen = parent._screen if parent else Screen()
         self._boards: list[tuple[Sink, Callable[[], None]]] = parent._boards if parent else []
@@ -421,9 +133,9 @@ class Run:
         """
         if resume and overwrite:
             raise ValueError("resume and overwrite contradict each other: go on with the run, or begin it anew")
-        _check_dashboards(log)
+        check_dashboards(log)
         run = cls(Path(folder), config, seed, "", None)
-        old = _header(run.folder)
+        old = read_header(run.folder)
         if old is None and run.folder.exists():
             if not run.folder.is_dir() or any(not p.name.startswith(".") for p in run.folder.iterdir()):
                 raise RunExists(f"{folder} exists and is not a run's folder: choose another by --out")
@@ -435,13 +147,13 @@ class Run:
         run.folder.mkdir(parents=True, exist_ok=True)
         run._lock()
         if old is not None and overwrite:
-            _clear(run.folder, old)
+            clear(run.folder, old)
             old = None
         run._begin(old)
         if resume and old is None:
             run.note(f"nothing to go on with in {folder}: this run begins at the start")
         try:
-            run._boards += [_dashboard(name, run.folder, run._header["id"], run.config) for name in log]
+            run._boards += [open_dashboard(name, run.folder, run._header["id"], run.config) for name in log]
         except BaseException:
             run.__exit__(*sys.exc_info())
             raise
@@ -465,9 +177,9 @@ class Run:
         new |= {"threads": torch.get_num_threads(), "versions": versions, "command": sys.argv}
         new |= {"id": uuid.uuid4().hex[:8], "files": ["metrics.jsonl", "times.jsonl"]}
         self._header = new if old is None else old
-        _seed_the_global_streams(self.seed, self._name)
+        seed_the_global_streams(self.seed, self._name)
         if old is None:
-            _write(self.folder / "config.json", _json(new, finite=False))
+            write(self.folder / "config.json", to_json(new, finite=False))
             return
         if wrong := _differences({**old["config"], "seed": old["seed"]}, {**self.config, "seed": self.seed}):
             raise ValueError(
@@ -484,16 +196,16 @@ class Run:
 
     def _roll_back(self) -> None:
         """Cut every file to its length at the newest whole checkpoint, or to nothing where there is none."""
-        found = _checkpoints(self.folder)
-        while found and (why := _fault(found[0])):
+        found = checkpoints(self.folder)
+        while found and (why := find_fault(found[0])):
             self.note(f"checkpoint {found.pop(0)} is skipped: {why}")
             if not found:
                 self.note(f"no whole checkpoint in {self.folder}: it begins at the start")
         self._whole, self._repeating = found, bool(found)
-        for path in _checkpoint_files(self.folder):
+        for path in checkpoint_files(self.folder):
             if path.suffix == ".tmp":
                 path.unlink()
-        sizes = json.loads(_about(found[0])["files"]) if found else {}
+        sizes = json.loads(read_about(found[0])["files"]) if found else {}
         for name in self._header["files"]:
             if (self.folder / name).exists():
                 os.truncate(self.folder / name, sizes.get(name, 0))
@@ -509,7 +221,7 @@ class Run:
             return
         with contextlib.suppress(OSError):  # a full disk must not hide the fault itself
             if {path.name for path in self.folder.iterdir()} <= {"config.json", "log.txt", ".lock"}:
-                _clear(self.folder, self._header)  # it broke before it wrote anything: the next attempt finds no run
+                clear(self.folder, self._header)  # it broke before it wrote anything: the next attempt finds no run
             else:
                 self._scribble("".join(traceback.format_exception(fault)))
 
@@ -534,9 +246,9 @@ class Run:
         if name not in self._stages:
             stage = Run(self.folder / name, config or {}, self.seed, self._prefix + name, self)
             stage.folder.mkdir(exist_ok=True)
-            stage._begin(_header(stage.folder))
+            stage._begin(read_header(stage.folder))
             if stage.result() is not None:
-                _seed_the_global_streams(self.seed, stage._prefix + "finished")
+                seed_the_global_streams(self.seed, stage._prefix + "finished")
             self._stages[name] = stage
         return self._stages[name]
 
@@ -562,7 +274,7 @@ class Run:
         if self._stepping:
             raise ValueError(f"{title}: this run has had its loop; give a second one its own folder by run.stage(NAME)")
         self._stepping = True
-        parts = (*state, _Chance(self.rng))
+        parts = (*state, Chance(self.rng))
         start = self._load(self._whole[0], parts, title) if self._whole else 0
         self._repeating = False
         saved = self._logged = born = time.monotonic()
@@ -579,7 +291,7 @@ class Run:
         self.note(f"{title}: {n} steps done, {n - start} of them in {clock(time.monotonic() - born)}")
 
     def _load(self, path: Path, parts: Sequence[Stateful], title: str) -> int:
-        about = _about(path)
+        about = read_about(path)
         scalars = json.loads(about["scalars"])
         if len(scalars) != len(parts):
             raise ValueError(
@@ -614,7 +326,7 @@ class Run:
         self._seal(path, tensors, about)
         self._whole = [path, *(p for p in self._whole if p != path)][: max(1, keep)]
         kept = {whole.stem for whole in self._whole}
-        for stale in _checkpoint_files(self.folder):
+        for stale in checkpoint_files(self.folder):
             if stale.stem not in kept:
                 stale.unlink()
 
@@ -622,12 +334,12 @@ class Run:
         """Bytes and hash first, then the name of the hash, then the name of the bytes: what bears it has been whole."""
         kept = f"The checkpoint before it, {self._whole[0].name}, is kept. " if self._whole else ""
         needed = sum(t.numel() * t.element_size() for t in tensors.values()) + sum(map(len, about.values()))
-        temp, seal = _temporary(path), _temporary(path.with_suffix(".sha256"))
-        with _writing(path, needed, kept):
+        temp, seal = temporary(path), temporary(path.with_suffix(".sha256"))
+        with writing(path, needed, kept):
             try:
                 save_file(tensors, temp, metadata=about)
-                seal.write_text(f"{_sha256(temp)}  {path.name}\n")
-                _settle(seal, temp)
+                seal.write_text(f"{sha256(temp)}  {path.name}\n")
+                settle(seal, temp)
             finally:
                 temp.unlink(missing_ok=True)
                 seal.unlink(missing_ok=True)
@@ -673,9 +385,9 @@ class Run:
             if path.exists() or path.name != name or path.suffix != ".jsonl":
                 raise ValueError(f"cannot begin {path}: it must be a new file in the run's folder, called *.jsonl")
             self._header["files"].append(name)
-            _write(self.folder / "config.json", _json(self._header, finite=False))
-        data = _json(obj, indent=None)
-        with _writing(path, len(data)), open(path, "ab") as file:
+            write(self.folder / "config.json", to_json(self._header, finite=False))
+        data = to_json(obj, indent=None)
+        with writing(path, len(data)), open(path, "ab") as file:
             file.write(data)
 
     def progress(self, total: int, title: str, unit: str = "") -> Bar:
@@ -689,15 +401,15 @@ class Run:
 
     def _scribble(self, text: str) -> None:
         path = self.folder / "log.txt"
-        with _writing(path, len(text)), open(path, "a", encoding="utf-8") as file:
+        with writing(path, len(text)), open(path, "a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}")
 
     def finish(self, result: Mapping[str, Any]) -> dict[str, Any]:
         """Write result.json, which makes the run finished; gives back what `result()` will say."""
-        _write(self.folder / "result.json", _json(result))
+        write(self.folder / "result.json", to_json(result))
         if self._parent is not None:  # what follows must not depend on whether this stage ran now or before
-            _seed_the_global_streams(self.seed, self._prefix + "finished")
-        return dict(json.loads(_json(result)))
+            seed_the_global_streams(self.seed, self._prefix + "finished")
+        return dict(json.loads(to_json(result)))
 
     def result(self) -> dict[str, Any] | None:
         """The result of a finished run, None before."""
