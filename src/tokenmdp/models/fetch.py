@@ -43,7 +43,7 @@ class Wheel(NamedTuple):
     size: int
 
 
-class FetchError(RuntimeError):
+class FetchError(OSError):
     """A file could not be brought, or is not the one that was pinned."""
 
 

@@ -137,7 +137,9 @@ def train(
 
         # 3. Reward, return, advantage, all token-aligned.
         outcome = score.value - cfg.truncation * (~b.ended).to(score.value.dtype)
-        given = credit.last(outcome, b.action) if score.token is None else score.token
+        given = credit.last(outcome, b.action)
+        if score.token is not None:  # rewards a token come as they are; only what truncation takes off is added
+            given = score.token + credit.last(outcome - score.value, b.action)
         token_reward = given - beta.value * (logp_old - logp_ref)
         advantage, return_ = returns.gae(token_reward, value, b.action, cfg.gamma, cfg.lam)
         per_token = weights.per_token(b.action, rows=rows)
@@ -175,7 +177,8 @@ def train(
             **sampler_difference(b, logp_old),
         }
         if gold is not None:
-            metrics["objective/gold"] = float(gold(b).value.mean())
+            truth = gold(b)
+            metrics["objective/gold"] = _mean(truth.value, truth.verdict)
         if step == 0:
             run.append("gate.jsonl", gate(policy, reference, b, logp_old, logp_ref, learned[0], metrics))
         run.log(step, metrics, headline=("objective/scores", "objective/kl"))
