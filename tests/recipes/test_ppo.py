@@ -106,7 +106,7 @@ def test_a_heavy_penalty_keeps_it_at_the_reference(tmp_path: Path) -> None:
     assert moved[3.0] < 0.6 * moved[0.0]
 
 
-@pytest.mark.parametrize("critic_train", ["head", "all", "lora-2"])
+@pytest.mark.parametrize("critic_train", ["head", "all"])
 def test_the_critic_learns_to_foresee_the_return(critic_train: str, tmp_path: Path) -> None:
     """From a reward model that knows nothing of this reward; the policy hardly moves."""
     critic = liking_reward_model().critic(critic_train)
