@@ -68,7 +68,8 @@ def alternate(sides: Mapping[str, Callable[[], float]], runs: int, title: str) -
     """
     rates: dict[str, list[float]] = {name: [] for name in sides}
     columns = (TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=len(sides) * (runs + 1))
         for turn in range(runs + 1):
             for name, work in sides.items():

@@ -132,7 +132,9 @@ def measure(start: Policy, runs: int, quick: bool) -> dict[str, Any]:
             work = total[0] / 1e9
             step = partial(update_once, learner, loss, data, weight, columns, work)
             name = f"{update}, train={train}, {rows} rows x {length} tokens"
-            rates = common.alternate({"ours": step, "peer": peak_product(start, SIDE // 2 if quick else SIDE)}, runs, name)
+            rates = common.alternate(
+                {"ours": step, "peer": peak_product(start, SIDE // 2 if quick else SIDE)}, runs, name
+            )
             found = common.row(rates["ours"], rates["peer"], "GFLOP/s")
             tokens = float(data.length.sum())
             out[name] = {

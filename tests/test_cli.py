@@ -224,7 +224,15 @@ def test_ctrl_c_ends_the_command_with_130(folder: Path) -> None:
     command = [sys.executable, "-m", "tokenmdp", "run", "slow.py", "--threads", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment) as running:
+
+    def heed_interrupts() -> (
+        None
+    ):  # a test run in the background may have been told to ignore them, and children inherit that
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(
+        command, stdout=pipe, stderr=pipe, text=True, env=environment, preexec_fn=heed_interrupts
+    ) as running:
         assert running.stdout is not None
         assert running.stdout.readline() == "ready\n"
         running.send_signal(signal.SIGINT)

@@ -36,7 +36,7 @@ EOS = 0
 _SHAPE: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
 }
@@ -44,7 +44,7 @@ _GROUPED = {**_SHAPE, "num_key_value_heads": 2}
 
 ARCHITECTURES: dict[str, Callable[[dict[str, Any]], PretrainedConfig]] = {
     "llama": lambda k: LlamaConfig(**{**_GROUPED, **k}),
-    "gpt2": lambda k: GPT2Config(**{"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, **k}),
+    "gpt2": lambda k: GPT2Config(**{"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **k}),
     "qwen2": lambda k: Qwen2Config(**{**_GROUPED, **k}),
     "gemma2": lambda k: Gemma2Config(
         **{**_GROUPED, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 6, **k}

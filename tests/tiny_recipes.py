@@ -74,7 +74,8 @@ def build_reward_model(**changes: Any) -> tuple[reward_model.Config, Sequence[An
 
 def build_ppo(**changes: Any) -> tuple[ppo.Config, Sequence[Any]]:
     settings = {
-        "steps": 4, "prompts": 4, "samples": 2, "max_new_tokens": 5, "learning_rate": 3e-3, "micro_tokens": 40, "kl_target": 0.5,
+        "steps": 3, "prompts": 4, "samples": 2, "max_new_tokens": 5, "learning_rate": 3e-3, "epochs": 1, "micro_tokens": 40,
+        "kl_target": 0.5,
     }  # fmt: skip
     reference = policy().freeze()
     critic = Critic(reference.backbone.twin("head"))

@@ -121,7 +121,9 @@ def wilson(successes: float, n: float, level: float = 0.95) -> Interval:
     p, z = successes / n, float(scipy_stats.norm.ppf(0.5 + _level(level) / 2))
     centre = (successes + z * z / 2) / (n + z * z)
     half = z * np.sqrt(n * p * (1 - p) + z * z / 4) / (n + z * z)
-    return Interval(p, float(max(centre - half, 0.0)), float(min(centre + half, 1.0)))
+    # At 0 or n successes the interval ends at the estimate exactly; rounding must not put it a hair inside.
+    low, high = min(p, max(centre - half, 0.0)), max(p, min(centre + half, 1.0))
+    return Interval(p, float(low), float(high))
 
 
 # ------------------------------------------------------------ predicted probabilities

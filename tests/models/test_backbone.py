@@ -133,7 +133,7 @@ def test_an_unknown_spec_is_named(train: str) -> None:
 
 
 def test_more_blocks_than_there_are_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"'top-9', but the model has 3 blocks"):
+    with pytest.raises(ValueError, match=r"'top-9', but the model has 2 blocks"):
         tiny("llama").twin("top-9")
 
 

@@ -1,6 +1,6 @@
 """The whole house against enumeration: Policy.evaluate, rewards, returns, losses, weights and Learner give the true gradient.
 
-A five-token model has 85 responses of up to three tokens. With every response in the batch, weighted by its probability,
+A four-token model has 40 responses of up to three tokens. With every response in the batch, weighted by its probability,
 what the learner accumulates is an expectation without sampling noise, and must equal the gradient of the enumerated objective.
 
 GPT-2 computes in float64 throughout, so equality is to 1e-9; Llama's norms always compute in float32, and it is held to 1e-5.
@@ -23,7 +23,7 @@ from tokenmdp.models.sampling import Sampling
 from tokenmdp.testing.exact import Exact, expectation, gradient, row_gradients, variance
 from tokenmdp.types import Batch
 
-V, H = 5, 3
+V, H = 4, 3
 START = (1, 2)
 
 
@@ -65,7 +65,7 @@ class Toy(NamedTuple):
         assert float((found - want).norm()) < self.tolerance * float(want.norm())
 
 
-@pytest.fixture(params=["gpt2 all", "gpt2 top-1", "gpt2 lora-2", "llama all"])
+@pytest.fixture(params=["gpt2 all", "gpt2 lora-2", "llama top-1"])
 def toy(request: pytest.FixtureRequest) -> Toy:
     name, train = request.param.split()
     reference = tiny(name, vocabulary=V)
@@ -76,8 +76,8 @@ def toy(request: pytest.FixtureRequest) -> Toy:
         for _, weight in policy.trained():
             weight.add_(0.1 * torch.randn(weight.shape, generator=rng, dtype=torch.float64))
     world = Exact(START, V, H, eos=EOS)
-    assert len(world) == 85
-    score = world.score(lambda r: r.count(3) - 0.5 * (r[-1] == EOS) + 0.3 * (r[0] == 4))
+    assert len(world) == 40
+    score = world.score(lambda r: r.count(3) - 0.5 * (r[-1] == EOS) + 0.3 * (r[0] == 2))
     return Toy(policy, reference, world, score, 1e-9 if name == "gpt2" else 1e-5)
 
 
@@ -98,7 +98,7 @@ def test_evaluate_is_the_enumerated_policy(toy: Toy) -> None:
         assert float(toy.world.probability(logp).sum()) == pytest.approx(1, abs=1e-12)
 
 
-@pytest.mark.parametrize("tokens", [13, 10_000])
+@pytest.mark.parametrize("tokens", [20, 10_000])
 def test_the_score_function_gradient(toy: Toy, tokens: int) -> None:
     want = -gradient(expectation(toy.world.probability(toy.logp()), toy.score), toy.parameters)
 

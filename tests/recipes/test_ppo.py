@@ -68,6 +68,9 @@ def test_the_gate_of_a_run_measures_it(train: str, tmp_path: Path) -> None:
 # -- learning ---------------------------------------------------------------------------------------------------------------
 
 
+LEARNING = {"samples": 4, "epochs": 2, "learning_rate": 5e-3, "kl_target": 0.0, "micro_tokens": 800}
+
+
 def scores(trained: Policy, seed: int = 5) -> torch.Tensor:
     """The reward of four responses to every held-out prompt and some training ones."""
     prompts = [*task().held_out, *task().train[:15]]
@@ -85,8 +88,8 @@ def scores(trained: Policy, seed: int = 5) -> torch.Tensor:
     ids=["plain", "lora", "discounted"],
 )
 def test_it_improves_the_score_beyond_chance(changes: dict[str, Any], tmp_path: Path) -> None:
-    settings = {"steps": 20, "prompts": 16, "samples": 4, "learning_rate": 3e-3, "kl": 0.01, "micro_tokens": 400}
-    trained, reference, lines = run_ppo(tmp_path / "run", **{**settings, "kl_target": 0.0, **changes})
+    settings = {**LEARNING, "steps": 8, "prompts": 16, "kl": 0.01}
+    trained, reference, lines = run_ppo(tmp_path / "run", **{**settings, **changes})
     before, after = scores(reference), scores(trained)
     error = float((before.var() / len(before) + after.var() / len(after)).sqrt())
     assert float(after.mean() - before.mean()) > 5 * error
@@ -99,11 +102,11 @@ def test_it_improves_the_score_beyond_chance(changes: dict[str, Any], tmp_path: 
 def test_a_heavy_penalty_keeps_it_at_the_reference(tmp_path: Path) -> None:
     moved = {}
     for kl in (0.0, 3.0):
-        settings = {"steps": 8, "prompts": 8, "samples": 4, "learning_rate": 3e-3, "kl_target": 0.0}
+        settings = {**LEARNING, "steps": 6, "prompts": 8, "epochs": 1}
         trained, reference, _ = run_ppo(tmp_path / str(kl), kl=kl, **settings)
         b = trained.sample(list(task().train), 2, Sampling(max_new_tokens=5), torch.Generator().manual_seed(1))
         moved[kl] = float(trained.kl_to(reference, b).sum(1).mean())
-    assert moved[3.0] < 0.6 * moved[0.0]
+    assert moved[3.0] < 0.4 * moved[0.0]
 
 
 @pytest.mark.parametrize("critic_train", ["head", "all"])
@@ -113,11 +116,7 @@ def test_the_critic_learns_to_foresee_the_return(critic_train: str, tmp_path: Pa
     _, _, lines = run_ppo(
         tmp_path / "run",
         critic=critic,
-        steps=12,
-        prompts=8,
-        learning_rate=1e-6,
-        critic_learning_rate=2e-2,
-        kl_target=0.0,
+        **{**LEARNING, "steps": 8, "prompts": 8, "samples": 2, "learning_rate": 1e-6, "critic_learning_rate": 3e-2},
     )
     first, last = lines[0]["loss/value_avg"], sum(line["loss/value_avg"] for line in lines[-3:]) / 3
     assert last < 0.5 * first
@@ -138,18 +137,18 @@ def every_second(completions: list[str], **_: Any) -> list[float | None]:
 def test_rows_without_a_verdict_are_counted_and_leave_the_loss(tmp_path: Path) -> None:
     reward = FunctionReward(every_second, name="half", max_missing=1.0)
     _, _, lines = run_ppo(tmp_path / "run", reward=reward)
-    assert [line["no_verdict"] for line in lines] == [4.0] * 4
+    assert [line["no_verdict"] for line in lines] == [4.0] * 3
 
 
 def test_without_any_verdict_nothing_is_learned(tmp_path: Path) -> None:
     reward = FunctionReward(lambda completions, **_: [None] * len(completions), name="none", max_missing=1.0)
     trained, reference, lines = run_ppo(tmp_path / "run", reward=reward)
     assert trained.fingerprint() == reference.fingerprint()
-    assert [line["no_verdict"] for line in lines] == [8.0] * 4
+    assert [line["no_verdict"] for line in lines] == [8.0] * 3
 
 
-class Sum:
-    """A reward a token, on top of a value a row."""
+class ByToken:
+    """A reward a token, beside a value a row."""
 
     name = "per_token"
 
@@ -160,8 +159,8 @@ class Sum:
 
 
 def test_rewards_a_token_are_used_where_they_are_given(tmp_path: Path) -> None:
-    trained, reference, _ = run_ppo(tmp_path / "run", reward=Sum(), steps=10, prompts=12, samples=4, kl_target=0.0)
-    assert float(scores(trained).mean()) > float(scores(reference).mean()) + 0.05
+    trained, reference, _ = run_ppo(tmp_path / "run", reward=ByToken(), **LEARNING, steps=5, prompts=12)
+    assert float(scores(trained).mean()) > float(scores(reference).mean()) + 0.2
 
 
 # -- pieces -----------------------------------------------------------------------------------------------------------------

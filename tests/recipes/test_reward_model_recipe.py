@@ -30,7 +30,7 @@ def test_it_learns_a_preference(train: str, tmp_path: Path) -> None:
     assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-6), "it starts indifferent: −log σ(0)"
     assert figures["n_pairs"] == 60
     assert figures["accuracy"] > 0.85
-    assert figures["low"] < figures["accuracy"] <= figures["high"]
+    assert figures["low"] < figures["accuracy"] <= figures["high"] + 1e-9
     assert sum(line["rewards/accuracies"] for line in lines[-5:]) / 5 > 0.85
     assert 0 <= figures["ece"] < 0.35
 

@@ -154,7 +154,7 @@ def test_a_setting_counts_as_read_under_any_name_of_the_config(recipe: Callable[
     ("exchange", "message"),
     [
         (
-            ('"loss": float(loss)', '"loss": float(loss) + id(state) % 9973'),
+            ('"loss": float(loss)', '"loss": float(loss) + torch.seed() % 9973'),
             "a second run with the same seed differs in loss",
         ),
         (("        self.x = tensors", "        self.y = tensors"), "a run broken off and resumed differs in"),
