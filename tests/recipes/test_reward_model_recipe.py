@@ -15,18 +15,22 @@ from tokenmdp.rewards.reward_model import RewardModel
 from tokenmdp.run import Run
 from tokenmdp.types import Batch, Pairs
 
-
-def learn(folder: Path, **changes: object) -> tuple[RewardModel, dict[str, object], list[dict[str, float]]]:
-    cfg, (body, _, _) = build_reward_model(**changes)
-    with Run.open(folder / "run", config={}, seed=0) as run:
-        reward, figures = reward_model.train(cfg, body, preferences(120), preferences(60, seed=7), run)
-    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    return reward, figures, lines
+HELD_OUT = preferences(60, seed=7)
+Learned = tuple[RewardModel, dict[str, object], list[dict[str, float]]]
 
 
-@pytest.mark.parametrize("train", ["all", "lora-4"])
-def test_it_learns_a_preference(train: str, tmp_path: Path) -> None:
-    _, figures, lines = learn(tmp_path, train=train, epochs=2, learning_rate=1e-2, head_learning_rate=1e-2)
+@pytest.fixture(scope="module", params=["all", "lora-4"])
+def learned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Learned:
+    """A reward model trained on 120 pairs, its figures on 60 others, and the metrics of its run."""
+    cfg, (body, _, _) = build_reward_model(train=request.param, learning_rate=1e-2)
+    folder = tmp_path_factory.mktemp("reward_model") / "run"
+    with Run.open(folder, config={}, seed=0) as run:
+        reward, figures = reward_model.train(cfg, body, preferences(120), HELD_OUT, run)
+    return reward, figures, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_it_learns_a_preference(learned: Learned) -> None:
+    _, figures, lines = learned
     assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-6), "it starts indifferent: −log σ(0)"
     assert figures["n_pairs"] == 60
     assert figures["accuracy"] > 0.85
@@ -35,17 +39,14 @@ def test_it_learns_a_preference(train: str, tmp_path: Path) -> None:
     assert 0 <= figures["ece"] < 0.35
 
 
-def test_the_accuracy_is_that_of_the_scores(tmp_path: Path) -> None:
-    reward, figures, _ = learn(tmp_path)
-    held_out = preferences(60, seed=7)
-    right = (reward(held_out.chosen).value > reward(held_out.rejected).value).float().mean()
+def test_the_accuracy_is_that_of_the_scores(learned: Learned) -> None:
+    reward, figures, _ = learned
+    right = (reward(HELD_OUT.chosen).value > reward(HELD_OUT.rejected).value).float().mean()
     assert figures["accuracy"] == pytest.approx(float(right))
 
 
-def test_scores_are_normalised_on_the_held_out_responses(tmp_path: Path) -> None:
-    reward, _, _ = learn(tmp_path)
-    held_out = preferences(60, seed=7)
-    value = reward(Batch.concat([held_out.chosen, held_out.rejected])).value
+def test_scores_are_normalised_on_the_held_out_responses(learned: Learned) -> None:
+    value = learned[0](Batch.concat([HELD_OUT.chosen, HELD_OUT.rejected])).value
     assert float(value.mean()) == pytest.approx(0, abs=1e-4)
     assert float(value.std(unbiased=False)) == pytest.approx(1, abs=1e-4)
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from tiny_models import ragged
-from tiny_recipes import liking, responses
-from tokenmdp.functional import weights
+from tiny_recipes import liking, liking_reward_model, policy, responses
+from tokenmdp.functional import policy_loss, preference, weights
 from tokenmdp.testing.contracts import ContractBroken, check_loss, check_recipe, check_recipe_run, check_reward
-from tokenmdp.types import Batch, Score
+from tokenmdp.types import Batch, Pairs, Score
 
 GOOD = '''"""Gradient descent on a parabola.
 
@@ -216,6 +216,7 @@ def test_a_good_reward_is_left_alone() -> None:
     b = responses(6, 0.5, 0)
     assert torch.equal(check_reward(liking(), b).value, liking()(b).value)
     check_reward(Judge(lambda b: Score(length(b), yes(b), torch.where(b.action, 0.5, 0.0))), b)
+    check_reward(liking_reward_model(), b)
     check_reward(Judge(lambda b: Score(torch.where(b.ended, length(b), 0.0), b.ended)), b)
 
 
@@ -263,6 +264,21 @@ def test_a_good_loss_is_left_alone(slope: nn.Parameter) -> None:
 
     check_loss(loss, b, weights.per_token(b.action), advantage=advantage)
     check_loss(lambda part: (slope * length(part), {}), b, weights.per_row(len(b)))
+
+
+def test_the_loss_of_a_real_policy_and_of_a_real_reward_model_is_left_alone() -> None:
+    trained, reward, b = policy().twin("all"), liking_reward_model(), responses(5, 0.5, 0)
+    logp_old = trained.evaluate(b)["logp"].detach()
+
+    def ppo(part: Batch, logp_old: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, clipped = policy_loss.ppo_clip(trained.evaluate(part)["logp"], logp_old, part.action.float())
+        return loss, {"clipped": clipped.float()}
+
+    def bradley_terry(part: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
+        return preference.bradley_terry(reward.last(part.chosen), reward.last(part.rejected)), {}
+
+    check_loss(ppo, b, weights.per_token(b.action), logp_old=logp_old)
+    check_loss(bradley_terry, Pairs(b, responses(5, 0.1, 1), torch.zeros(5)), weights.per_row(5))
 
 
 @pytest.mark.parametrize(
