@@ -204,5 +204,5 @@ def test_sampled_responses_give_the_gradient_within_their_standard_error() -> No
     drawn = policy.sample([prompt(*START)], 4000, Sampling(max_new_tokens=H), torch.Generator().manual_seed(1))
     place = {r: i for i, r in enumerate(world.responses)}
     rows = [place[tuple(drawn.tokens[i][drawn.action[i]].tolist())] for i in range(len(drawn))]
-    error = float((variance(p, along) / len(rows)).sqrt())
+    error = float((variance(p.detach(), along) / len(rows)).sqrt())
     assert abs(float(along[rows].mean()) - float(truth.norm())) < 4 * error

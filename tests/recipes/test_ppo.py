@@ -140,6 +140,17 @@ def test_rows_without_a_verdict_are_counted_and_leave_the_loss(tmp_path: Path) -
     assert [line["no_verdict"] for line in lines] == [4.0] * 3
 
 
+def test_the_critic_does_not_learn_from_rows_without_a_verdict(tmp_path: Path) -> None:
+    """Where there is a verdict the return is 1, and the critic starts at 0: ½ (0 − 1)², whatever the other rows are."""
+
+    def ones(completions: list[str], **_: Any) -> list[float | None]:
+        return [1.0 if i % 2 else None for i in range(len(completions))]
+
+    reward = FunctionReward(ones, name="ones", max_missing=1.0)
+    _, _, lines = run_ppo(tmp_path / "run", reward=reward, steps=1, minibatches=1, lam=1.0)
+    assert lines[0]["loss/value_avg"] == pytest.approx(0.5, abs=1e-5)
+
+
 def test_without_any_verdict_nothing_is_learned(tmp_path: Path) -> None:
     reward = FunctionReward(lambda completions, **_: [None] * len(completions), name="none", max_missing=1.0)
     trained, reference, lines = run_ppo(tmp_path / "run", reward=reward)
