@@ -161,3 +161,54 @@ def test_compute_types_are_named_or_refused() -> None:
     assert compute_dtype("auto", cpu) in (torch.float32, torch.bfloat16)
     with pytest.raises(ValueError, match="compute is 'float16'"):
         compute_dtype("float16", cpu)
+
+
+# -- bfloat16: what the weights are while a pass runs
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def in_bfloat16(policy: Policy) -> Policy:
+    return Policy(policy.model, policy.tokenizer, name=policy.name, compute="bfloat16")
+
+
+def test_weights_converted_once_give_the_numbers_of_autocast(policy: Policy) -> None:
+    low, tokens = in_bfloat16(policy), ragged().tokens
+    with torch.inference_mode(), low.backbone.autocast():
+        plain = low.model(input_ids=tokens, use_cache=False).logits
+        with low.backbone.converted():
+            once = low.model(input_ids=tokens, use_cache=False).logits
+    assert once.dtype == torch.bfloat16
+    assert torch.equal(once, plain)
+
+
+def test_converted_weights_go_back_whatever_happens(policy: Policy) -> None:
+    low = in_bfloat16(policy)
+    before = {name: id(p) for name, p in low.model.named_parameters()}
+    seen = set()
+
+    def interrupted() -> None:
+        with low.backbone.converted():
+            seen.add(low.model.get_output_embeddings().weight.dtype)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert seen == {torch.bfloat16}
+    assert {name: id(p) for name, p in low.model.named_parameters()} == before
+    assert {p.dtype for p in low.model.parameters()} == {torch.float32}
+
+
+def test_weights_that_train_keep_their_gradient_in_bfloat16(policy: Policy) -> None:
+    low = in_bfloat16(policy).twin("top-1")
+    b = ragged()
+    low.evaluate(b)["logp"].sum().backward()
+    trained = [p for p in low.model.parameters() if p.requires_grad]
+    assert trained
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in trained)
+    assert any(bool(p.grad.any()) for p in trained if p.grad is not None)
+
+
+def test_float32_leaves_every_weight_alone(policy: Policy) -> None:
+    before = {name: id(p) for name, p in policy.model.named_parameters()}
+    with policy.backbone.converted():
+        assert {name: id(p) for name, p in policy.model.named_parameters()} == before

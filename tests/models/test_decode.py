@@ -264,3 +264,18 @@ def test_many_forks_of_one_state_follow_its_conditional_distribution(world: tupl
     )
     continued = [(3, *rest.tokens[i][rest.action[i]].tolist()) for i in range(len(rest))]
     assert p_value(exact, conditional, continued) > 1e-3
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
+def test_in_bfloat16_the_slab_holds_bfloat16_and_the_learner_agrees(architecture: str) -> None:
+    """bfloat16 has 8 bits of fraction: a logit near 1 is known to 2⁻⁸, and the two paths may round apart by a few of these."""
+    plain = tiny(architecture)
+    policy = Policy(plain.model, plain.tokenizer, compute="bfloat16")
+    slab = decode._slab_for(policy)
+    assert slab.dtype == torch.bfloat16
+    drawn = policy.sample(
+        [prompt(*p) for p in PREFIXES], 3, Sampling(max_new_tokens=8), torch.Generator().manual_seed(0)
+    )
+    assert drawn.logp_mu is not None
+    seen = policy.evaluate(drawn)["logp"].detach()
+    assert float((seen - drawn.logp_mu).abs().max()) < 0.05

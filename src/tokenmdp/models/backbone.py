@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 TRAIN = re.compile(r"all|none|head|top-[1-9]\d*|lora-[1-9]\d*")
 
@@ -76,6 +78,30 @@ class Backbone:
     def autocast(self) -> torch.autocast:
         """The context every forward pass of this model runs in."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.compute == torch.bfloat16)
+
+    @contextmanager
+    def converted(self) -> Iterator[None]:
+        """Linear layers hold their weights in the compute type while this lasts, each converted once; the same numbers.
+
+        Left alone, autocast converts a frozen weight at every use, and in inference mode every weight at every use: a
+        rollout would convert the whole model again at every token. Weights that train keep their gradient: while
+        gradients are recorded they are left to autocast.
+        """
+        made: dict[int, nn.Parameter] = {}
+        swapped: list[tuple[nn.Module, nn.Parameter]] = []
+        try:
+            for layer in self.model.modules() if self.compute != torch.float32 else ():
+                weight = layer.weight if isinstance(layer, nn.Linear | Conv1D) else None
+                if weight is None or weight.dtype == self.compute or (torch.is_grad_enabled() and weight.requires_grad):
+                    continue
+                if id(weight) not in made:
+                    made[id(weight)] = nn.Parameter(weight.detach().to(self.compute), requires_grad=False)
+                swapped.append((layer, weight))
+                layer.weight = made[id(weight)]
+            yield
+        finally:
+            for layer, weight in swapped:
+                layer.weight = weight
 
     def hidden(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
         """Hidden states of right-padded rows, `hidden[b, t]` after reading `tokens[b, :t + 1]`.

@@ -62,7 +62,8 @@ class Slab:
 
     is_compileable = False
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        self.dtype = dtype  # of what is kept; None keeps what the model gives
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
         self.reading = True
@@ -100,7 +101,8 @@ class Slab:
                 if ragged:
                     index = position.clamp(min=0)[:, None, :, None].expand(-1, read.shape[1], -1, read.shape[3])
                     aligned = read.gather(2, index)
-                slab = read.new_zeros((rows, read.shape[1], columns, read.shape[3]))
+                # Empty, not zeros: no column is read before it is written.
+                slab = read.new_empty((rows, read.shape[1], columns, read.shape[3]), dtype=self.dtype or read.dtype)
                 slab[:, :, :P] = aligned[source]
                 store[layer] = slab
         if ragged:
@@ -165,6 +167,14 @@ class _State:
 
 _state = _State()
 AttentionInterface.register("tokenmdp_slab", _attention)
+
+
+def _slab_for(policy: Policy) -> Slab:
+    """An empty slab in the type attention computes in.
+
+    Rotated keys leave the model in float32; kept so, autocast would convert the whole slab again at every token.
+    """
+    return Slab(torch.bfloat16 if policy.backbone.compute == torch.bfloat16 else None)
 
 
 @contextmanager
@@ -243,7 +253,7 @@ def _decode_part(
     drawn: list[Drawn],
     advance: Callable[[int], None] | None,
 ) -> None:
-    device, slab = policy.device, Slab()
+    device, slab = policy.device, _slab_for(policy)
     source = torch.arange(len(prefixes), device=device).repeat_interleave(n)
     eos = torch.tensor(policy.eos_ids, device=device)
     with _slab_attention(policy, slab):
@@ -326,7 +336,7 @@ def agrees(policy: Policy) -> bool:
         with torch.inference_mode(), policy.backbone.autocast():
             whole = [policy.model(input_ids=torch.tensor([p + f], device=policy.device), use_cache=False).logits[0].float()
                      for p, f in zip(prefixes, following, strict=True)]  # fmt: skip
-            slab, source = Slab(), torch.arange(len(prefixes), device=policy.device)
+            slab, source = _slab_for(policy), torch.arange(len(prefixes), device=policy.device)
             with _slab_attention(policy, slab):
                 last, position = _read(policy, prefixes, source, len(following[0]), slab)
                 seen = [policy.project(last).float()]

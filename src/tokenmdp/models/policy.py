@@ -163,7 +163,7 @@ class Policy:
                 "KV slab, shared prefill" if self._slab else "full forward pass at every token (slow, always right)"
             )
         engine = decode.fast if self._slab else decode.slow
-        with torch.inference_mode(), self.backbone.autocast():
+        with torch.inference_mode(), self.backbone.autocast(), self.backbone.converted():
             drawn = engine(self, [p.ids for p in prompts], n, uniform.to(self.device), sampling, advance)
         rows = [p for p in prompts for _ in range(n)]
         return Batch.build(
@@ -194,14 +194,15 @@ class Policy:
         where = batch.action.nonzero(as_tuple=True)
         chosen = batch.tokens[where]
         found: dict[str, list[Tensor]] = {name: [] for name in want}
-        for piece, logits in self._action_logits(batch):
-            logits = logits / temperature if temperature != 1.0 else logits
-            logp = torch.log_softmax(logits, dim=-1)
-            if "logp" in found:
-                found["logp"].append(logp.gather(1, chosen[piece][:, None])[:, 0])
-            if "entropy" in found:
-                with torch.no_grad():
-                    found["entropy"].append(-(logp.exp() * logp).sum(-1))
+        with self.backbone.converted():
+            for piece, logits in self._action_logits(batch):
+                logits = logits / temperature if temperature != 1.0 else logits
+                logp = torch.log_softmax(logits, dim=-1)
+                if "logp" in found:
+                    found["logp"].append(logp.gather(1, chosen[piece][:, None])[:, 0])
+                if "entropy" in found:
+                    with torch.no_grad():
+                        found["entropy"].append(-(logp.exp() * logp).sum(-1))
         blank = torch.zeros(batch.tokens.shape, dtype=torch.float32, device=batch.tokens.device)
         return {
             name: blank.to(parts[0].dtype).index_put(where, torch.cat(parts)) if parts else blank
@@ -219,12 +220,14 @@ class Policy:
             ValueError: the two vocabularies differ in size.
         """
         parts = []
-        for (_, ours), (_, theirs) in zip(self._action_logits(batch), reference._action_logits(batch), strict=True):
-            if ours.shape != theirs.shape:
-                raise ValueError(
-                    f"{self.name} has {ours.shape[-1]} tokens and {reference.name} {theirs.shape[-1]}: a KL needs one vocabulary"
-                )
-            parts.append(kl.exact(ours, theirs))
+        with self.backbone.converted(), reference.backbone.converted():
+            for (_, ours), (_, theirs) in zip(self._action_logits(batch), reference._action_logits(batch), strict=True):
+                if ours.shape != theirs.shape:
+                    raise ValueError(
+                        f"{self.name} has {ours.shape[-1]} tokens and {reference.name} {theirs.shape[-1]}: a KL needs one "
+                        "vocabulary"
+                    )
+                parts.append(kl.exact(ours, theirs))
         out = torch.zeros(
             batch.tokens.shape, dtype=parts[0].dtype if parts else torch.float32, device=batch.tokens.device
         )

@@ -70,19 +70,22 @@ def draw(
     Raises:
         FloatingPointError: a row of logits holds NaN or +inf, or nothing finite.
     """
-    top = logits.max(dim=-1)
-    if not bool(torch.isfinite(top.values).all()):
+    top = logits.amax(dim=-1, keepdim=True)  # without indices: a tenth of the time of max
+    if not bool(torch.isfinite(top).all()):
         raise FloatingPointError(
             "the model's logits are not finite, nothing can be sampled from them: the weights have diverged or the compute "
             "type overflows; go back to an earlier checkpoint, lower the learning rate or use compute=float32"
         )
     if sampling.temperature == 0:
-        return top.indices, torch.zeros_like(top.values)
-    weight = ((logits - top.values[:, None]) / sampling.temperature).exp_()
-    weight = _kept(weight, sampling)
+        return logits.argmax(dim=-1), torch.zeros_like(top[:, 0])
+    weight = logits - top
+    if sampling.temperature != 1:
+        weight = weight.div_(sampling.temperature)
+    weight = _kept(weight.exp_(), sampling)
 
     rows, V = weight.shape
-    blocks = torch.nn.functional.pad(weight, (0, -V % _BLOCK)).view(rows, -1, _BLOCK)
+    whole = weight if V % _BLOCK == 0 else torch.nn.functional.pad(weight, (0, -V % _BLOCK))  # pad by 0 would copy
+    blocks = whole.view(rows, -1, _BLOCK)
     mass = blocks.sum(-1).double().cumsum(-1)
     target = uniform.double() * mass[:, -1]
     block = _first_above(mass, target)
