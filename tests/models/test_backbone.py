@@ -175,7 +175,7 @@ def test_weights_converted_once_give_the_numbers_of_autocast(policy: Policy) -> 
     low, tokens = in_bfloat16(policy), ragged().tokens
     with torch.inference_mode(), low.backbone.autocast():
         plain = low.model(input_ids=tokens, use_cache=False).logits
-        with low.backbone.converted():
+        with torch.no_grad(), low.backbone.converted():
             once = low.model(input_ids=tokens, use_cache=False).logits
     assert once.dtype == torch.bfloat16
     assert torch.equal(once, plain)
@@ -187,7 +187,7 @@ def test_converted_weights_go_back_whatever_happens(policy: Policy) -> None:
     seen = set()
 
     def interrupted() -> None:
-        with low.backbone.converted():
+        with torch.no_grad(), low.backbone.converted():
             seen.add(low.model.get_output_embeddings().weight.dtype)
             raise KeyboardInterrupt
 
