@@ -103,6 +103,17 @@ def test_a_verb_is_a_file_with_config_and_main(tmp_path: Path) -> None:
     }
 
 
+def test_a_file_with_variants_is_several_verbs(tmp_path: Path) -> None:
+    text = '"""Reinforce. More."""\nVARIANTS = {"rloo": {"baseline": "others"}}\nclass Config: ...\ndef main(cfg, run): ...\n'
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes/reinforce.py").write_text(text)
+    found = cli.find_verbs(tmp_path, "toys")
+    assert list(found) == ["reinforce", "rloo"]
+    assert found["rloo"].module == found["reinforce"].module == "toys.recipes.reinforce"
+    assert (found["reinforce"].preset, found["rloo"].preset) == ({}, {"baseline": "others"})
+    assert found["rloo"].help == "reinforce with baseline=others"
+
+
 def test_no_verb_or_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 0
     assert "usage: tokenmdp VERB" in capsys.readouterr().out

@@ -3,6 +3,9 @@
 A verb is a file. Every file in recipes/ and lab/ that has a `Config` and a `main(cfg, run)` is one, by its own name
 (reward_model.py is `reward-model`), and the first sentence of its docstring is its help; `tokenmdp run FILE.py` makes a
 verb of a file of the user's. Its flags are the fields of its `Config`, then those of every run (`config.Options`).
+
+One file may be several verbs: `VARIANTS = {"rloo": {"baseline": "leave_one_out"}}` in reinforce.py makes `rloo` the verb
+`reinforce` with that setting as its default. Methods that differ by a setting are told apart by it, not by a copy.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -44,6 +47,7 @@ class Verb:
     file: Path
     help: str
     module: str = ""  # empty for a user's file, which no package holds
+    preset: Mapping[str, Any] = field(default_factory=dict)  # settings that make it this variant of its file
 
     def load(self) -> ModuleType:
         """Import the file, which for a recipe brings torch in."""
@@ -69,11 +73,32 @@ def read_verb(file: Path, module: str = "") -> Verb | None:
     return Verb(file.stem.replace("_", "-"), file, paragraph.partition(". ")[0].removesuffix("."), module)
 
 
+def variants(verb: Verb) -> list[Verb]:
+    """The verb, and what its file's `VARIANTS` make of it: a table of settings by name, written out as a literal."""
+    tree = ast.parse(verb.file.read_text(encoding="utf-8"))
+    tables = [
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign | ast.AnnAssign)
+        and node.value is not None
+        and any(
+            isinstance(n, ast.Name) and n.id == "VARIANTS"
+            for n in (node.targets if isinstance(node, ast.Assign) else [node.target])
+        )
+    ]
+    table: dict[str, dict[str, Any]] = ast.literal_eval(tables[-1]) if tables else {}
+    made = []
+    for name, preset in table.items():
+        settings = ", ".join(f"{key}={value}" for key, value in preset.items())
+        made.append(replace(verb, name=name, preset=preset, help=f"{verb.name} with {settings}"))
+    return [verb, *made]
+
+
 def find_verbs(home: Path = HOME, package: str = "tokenmdp") -> dict[str, Verb]:
-    """The verbs of a package, by name: its files in recipes/, then those in lab/."""
+    """The verbs of a package, by name: its files in recipes/ with their variants, then those in lab/."""
     files = [(layer, file) for layer in ("recipes", "lab") for file in sorted((home / layer).glob("*.py"))]
     found = [read_verb(file, f"{package}.{layer}.{file.stem}") for layer, file in files]
-    return {verb.name: verb for verb in found if verb is not None}
+    return {verb.name: verb for one in found if one is not None for verb in variants(one)}
 
 
 def user_verb(file: Path) -> Verb:
@@ -101,7 +126,7 @@ def execute(verb: Verb, argv: Sequence[str]) -> int:
     """Run a verb in its folder; print what came of it."""
     module = verb.load()
     about = f"{verb.help}.\n\nHow it works: {verb.file}"
-    settings, options = config.parse(module.Config, argv, f"tokenmdp {verb.name}", about)
+    settings, options = config.parse(module.Config, argv, f"tokenmdp {verb.name}", about, verb.preset)
     if options.print_config:
         print(config.to_yaml(settings), end="")
         return 0

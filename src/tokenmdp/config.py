@@ -55,8 +55,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read(file: Path, kind: type[Config]) -> Config:
-    """The settings a YAML or JSON file asks for, the defaults for the rest.
+def read(file: Path, kind: type[Config], preset: Mapping[str, Any] | None = None) -> Config:
+    """The settings a YAML or JSON file asks for, then those of `preset`, the defaults for the rest.
 
     A run folder's config.json is taken too: its "config" part.
 
@@ -73,7 +73,10 @@ def read(file: Path, kind: type[Config]) -> Config:
         raise ValueError(f"{file} cannot be read as {'JSON' if file.suffix == '.json' else 'YAML'}: {fault}") from fault
     if isinstance(found, Mapping) and {"config", "seed", "versions"} <= found.keys():
         found = found["config"]
-    return typing.cast(Config, build(kind, {} if found is None else found, str(file)))
+    found = {} if found is None else found
+    return typing.cast(
+        Config, build(kind, {**(preset or {}), **found} if isinstance(found, Mapping) else found, str(file))
+    )
 
 
 def build(kind: Any, found: Any, file: str, prefix: str = "") -> Any:
@@ -201,8 +204,10 @@ def flags(kind: Any, prefix: str = "") -> list[str]:
     return names
 
 
-def parse(kind: Any, argv: Sequence[str], prog: str, about: str | None) -> tuple[Any, Options]:
-    """The settings and the options of a run: defaults, then the file given by --config, then the flags.
+def parse(
+    kind: Any, argv: Sequence[str], prog: str, about: str | None, preset: Mapping[str, Any] | None = None
+) -> tuple[Any, Options]:
+    """The settings and the options of a run: defaults, then `preset`, the file given by --config, and the flags.
 
     Raises:
         ValueError: an unknown flag or key, a wrong value, or a field of `kind` that bears the name of an option.
@@ -212,11 +217,11 @@ def parse(kind: Any, argv: Sequence[str], prog: str, about: str | None) -> tuple
         raise ValueError(f"{prog}: Config is not a dataclass; write `@dataclass(frozen=True)` above it")
     if taken := {field.name for field in fields(kind)} & {field.name for field in fields(Options)}:
         raise ValueError(f"{prog}: Config has a field {min(taken)!r}, which is a flag of every run; rename it")
-    default = build(kind, {}, "")
+    default = build(kind, preset or {}, prog)
     for flag, after in zip(argv, [*argv, ""][1:], strict=True):
         name, _, value = flag.partition("=")
         if name == "--config" and (value or after):
-            default = read(Path(value or after), kind)
+            default = read(Path(value or after), kind, preset)
     flat, single = tyro.conf.arg(name=""), tyro.conf.FlagCreatePairsOff
     both: Any = tuple[Annotated[kind, flat], Annotated[Options, flat, single]]
     (settings, options), rest = tyro.cli(

@@ -92,7 +92,11 @@ class Backbone:
         try:
             for layer in self.model.modules() if self.compute != torch.float32 else ():
                 weight = layer.weight if isinstance(layer, nn.Linear | Conv1D) else None
-                if weight is None or weight.dtype == self.compute or (torch.is_grad_enabled() and weight.requires_grad):
+                if (
+                    not isinstance(weight, nn.Parameter)
+                    or weight.dtype == self.compute
+                    or (torch.is_grad_enabled() and weight.requires_grad)
+                ):
                     continue
                 if id(weight) not in made:
                     made[id(weight)] = nn.Parameter(weight.detach().to(self.compute), requires_grad=False)

@@ -1,6 +1,6 @@
 """Proximal policy optimisation on the token MDP: RLHF's online reinforcement learning on known dynamics.
 
-    r_t  = score · 1[t is the last action] − β ( log π_old(a_t | s_t) − log π_ref(a_t | s_t) )
+    r_t  = credit(score)_t − β ( log π_old(a_t | s_t) − log π_ref(a_t | s_t) )
     Â_t  = Σ_k (γλ)^k δ_{t+k},   δ_t = r_t + γ V(s_{t+1}) − V(s_t),   V = 0 after the last action
     ℓ_t  = − min( ρ_t Â_t, clip(ρ_t, 1 ± ε) Â_t ),   ρ_t = π(a_t | s_t) / π_old(a_t | s_t)
 
@@ -25,13 +25,14 @@ import torch
 from torch import Tensor
 
 from tokenmdp import rewards, tasks
-from tokenmdp.functional import credit, policy_loss, returns, weights
+from tokenmdp.functional import policy_loss, returns, weights
 from tokenmdp.learner import Learner
 from tokenmdp.models import catalog
 from tokenmdp.models.heads import Critic
 from tokenmdp.models.parts import in_parts
 from tokenmdp.models.policy import Policy
 from tokenmdp.models.sampling import Sampling
+from tokenmdp.rewards import assign
 from tokenmdp.rewards.reward_model import RewardModel
 from tokenmdp.run import Run
 from tokenmdp.tasks import Task
@@ -60,6 +61,7 @@ class Config:
     kl: float = 0.05  # β, reward units a nat
     kl_target: float = 0.0  # nats a response that β is steered towards; 0 keeps β fixed
     truncation: float = 0.0  # reward units taken off a response that did not end by itself
+    credit: str = "last"  # which tokens earn the score (see `rewards.assign`)
     train: str = "all"  # what of the policy trains: all | top-N blocks | lora-R rank
     critic_train: str = (
         "head"  # what of the critic's body trains besides its head: head (nothing) | all | top-N | lora-R
@@ -103,6 +105,7 @@ def train(
     valuer = Learner(critic, cfg.critic_learning_rate, tokens=cfg.micro_tokens)
     beta = KLCoefficient(cfg.kl, cfg.kl_target)
     sampling = Sampling(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature)
+    scheme = assign.load(cfg.credit, reward, reference)
     run.note(f"reference {reference.name} {reference.fingerprint()}; policy starts as {policy.fingerprint()}")
 
     def evaluate(model: Policy, batch: Batch, *want: str) -> dict[str, Tensor]:
@@ -137,10 +140,7 @@ def train(
 
         # 3. Reward, return, advantage, all token-aligned.
         outcome = score.value - cfg.truncation * (~b.ended).to(score.value.dtype)
-        given = credit.last(outcome, b.action)
-        if score.token is not None:  # rewards a token come as they are; only what truncation takes off is added
-            given = score.token + credit.last(outcome - score.value, b.action)
-        token_reward = given - beta.value * (logp_old - logp_ref)
+        token_reward = scheme(b, score, outcome, policy, run.rng) - beta.value * (logp_old - logp_ref)
         advantage, return_ = returns.gae(token_reward, value, b.action, cfg.gamma, cfg.lam)
         per_token = weights.per_token(b.action, rows=rows)
         advantage = returns.whiten(advantage, per_token)
