@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -350,3 +351,16 @@ def test_what_is_saved_is_what_other_tools_load(name: str, train: str, tmp_path:
         assert loaded.fingerprint() == twin.fingerprint()
     kind = twin.backbone.peft
     assert (kind is not None) == (train == "lora-4"), "saving must leave the adapters training"
+
+
+def test_a_prompt_begins_as_the_tokenizer_begins_texts() -> None:
+    """Llama and Gemma write a beginning-of-text token before every text; a prompt without it is a state they never saw."""
+    policy = tiny("llama")
+    assert policy.opening == ()
+    begun = tiny("llama")
+    begun.tokenizer.bos_token = "w9"
+    begun.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="w9 $A", special_tokens=[("w9", 9)])
+    assert begun.opening == (9,)
+    assert begun.prompt("w1 w2").ids == (9, 1, 2)
+    assert begun.prompt("w9 w1").ids == (9, 1), "a text that begins with it gets no second one"
+    assert begun.prompt("w1 w2").text == "w1 w2"

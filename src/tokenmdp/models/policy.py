@@ -50,6 +50,7 @@ class Policy:
         self.eos_ids = eos_ids(model, tokenizer)
         self.context = int(getattr(model.config, "max_position_embeddings", None) or 1 << 20)
         self.paths: dict[str, str] = {"compute": str(self.backbone.compute).removeprefix("torch.")}
+        self._opening: tuple[int, ...] | None = None
         self._linear_head: bool | None = None
         self._slab: bool | None = None
 
@@ -88,6 +89,18 @@ class Policy:
         """Token ids of plain text, without special tokens added."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    @property
+    def opening(self) -> tuple[int, ...]:
+        """What the tokenizer puts before a text by itself: the beginning-of-text token of Llama and Gemma, which were
+        trained on nothing without it; for many others nothing.
+        """
+        if self._opening is None:
+            plain = self.encode("a")
+            whole = list(self.tokenizer("a")["input_ids"])
+            ends = [at for at in range(len(whole)) if plain and whole[at : at + len(plain)] == plain]
+            self._opening = tuple(whole[: ends[0]]) if ends else ()
+        return self._opening
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids; special tokens are left out and no space is tidied away."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
@@ -103,6 +116,8 @@ class Policy:
         """
         if isinstance(text, str):
             ids, shown = self.encode(text), text
+            if tuple(ids[: len(self.opening)]) != self.opening:  # unless the text already begins with it
+                ids = [*self.opening, *ids]
             if not ids and self.tokenizer.bos_token_id is not None:
                 ids = [self.tokenizer.bos_token_id]
         else:

@@ -284,9 +284,10 @@ class _Rows:
 
     def _after(self, prompt: Prompt, text: str) -> list[int]:
         """The tokens of a text after a prompt: as both are written together, if the prompt's tokens stay the same."""
-        whole = self.policy.encode(prompt.text + text)
-        if tuple(whole[: len(prompt.ids)]) == prompt.ids:
-            return whole[len(prompt.ids) :]
+        together = self.policy.encode(prompt.text + text)
+        for whole in (together, [*self.policy.opening, *together]):
+            if tuple(whole[: len(prompt.ids)]) == prompt.ids:
+                return whole[len(prompt.ids) :]
         return self.policy.encode(text)
 
     def _append(self, prompt: Prompt, response: list[int]) -> None:

@@ -172,9 +172,9 @@ def _openings(policy: Policy, found: Iterable[Review], prefix_tokens: int, horiz
     for review in found:
         # Enough of the text for the tokens needed, cut between words: a whole review is ten times as long.
         head = review.text[: 12 * need].rpartition(" ")[0] if len(review.text) > 12 * need else review.text
-        ids = policy.encode(head)
+        ids = [*policy.opening, *policy.encode(head)]
         if len(ids) <= need:
-            ids = policy.encode(review.text)
+            ids = [*policy.opening, *policy.encode(review.text)]
         if len(ids) >= need:
             yield review, tuple(ids[:need])
 
