@@ -26,7 +26,7 @@ LAYERS = [
     ("functional",),
     ("models",),
     ("tasks", "rewards", "prompting"),
-    ("config", "learner", "parallel", "run"),
+    ("config", "learner", "parallel", "run", "judge"),
     ("recipes",),
     ("testing",),
     ("lab",),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, product
 
 import numpy as np
 import pytest
@@ -204,6 +204,66 @@ def test_probability_of_improvement_is_counting(a, b):
     assert stats.probability_of_improvement(b, a) == pytest.approx(1 - counted)
 
 
+def test_stratified_bootstrap_resamples_within_each_task():
+    # Two tasks whose levels lie 100 apart: were runs mixed across tasks, the mean could leave [50, 51].
+    runs = [[0.0, 100.0], [1.0, 101.0], [2.0, 102.0]]
+    interval = stats.stratified_bootstrap(runs, np.mean, seed=2)
+    assert interval.mean == 51.0
+    assert 50.0 <= interval.low < 51.0 < interval.high <= 52.0
+    assert stats.stratified_bootstrap([1.0, 2.0, 3.0, 4.0, 40.0]).mean == 3.0  # one dropped at each end
+
+
+def test_stratified_bootstrap_of_the_mean_agrees_with_bootstrap_mean():
+    """Symmetric data, where BCa's acceleration is 0: the same interval up to the noise of resampling."""
+    x = np.concatenate([y := np.random.default_rng(0).normal(size=20), -y]) + 3
+    ours, theirs = stats.stratified_bootstrap(x, np.mean, resamples=10_000), stats.bootstrap_mean(x)
+    width = theirs.high - theirs.low
+    assert ours.low == pytest.approx(theirs.low, abs=0.05 * width)
+    assert ours.high == pytest.approx(theirs.high, abs=0.05 * width)
+
+
+def test_five_runs_are_covered_as_often_as_promised():
+    """200 simulated solvers with five seeds each: the interval of the IQM holds the truth in 95 % of them, no fewer
+    than 90 % (three standard errors)."""
+    rng = np.random.default_rng(7)
+    hits = 0
+    for study in range(200):
+        interval = stats.stratified_bootstrap(rng.normal(size=5), resamples=200, seed=study)
+        hits += interval.low <= 0.0 <= interval.high
+    assert hits / 200 >= 0.9
+
+
+@pytest.mark.parametrize(
+    ("runs", "match"),
+    [([1.0], "one run"), ([2.0, 2.0], "ended alike"), ([1.0, float("nan")], "NaN"), ([], "some of each")],
+)
+def test_stratified_bootstrap_refuses_what_it_cannot_answer(runs, match):
+    with pytest.raises(ValueError, match=match):
+        stats.stratified_bootstrap(runs)
+
+
+def test_improvement_has_an_interval_and_few_runs_never_look_certain():
+    rng = np.random.default_rng(3)
+    mean, low, high = stats.improvement(rng.normal(0.5, 1, size=40), rng.normal(0, 1, size=40))
+    assert 0 < low < mean < high < 1
+    assert mean == pytest.approx(0.638, abs=0.15)  # Φ(0.5/√2)
+    # All of five above all of five. With k = 2 that has probability 2/7 · 4/9 · 6/11 · 8/13 · 10/15 = 0.0284, so the k
+    # for 0.025 is a little below 2, and P = k/(k+1) a little below 2/3.
+    separated = stats.improvement([5, 6, 7, 8, 9], [0, 1, 2, 3, 4])
+    assert separated == (1.0, pytest.approx(0.655, abs=0.005), 1.0)
+    assert stats.improvement([0, 1, 2, 3, 4], [5, 6, 7, 8, 9]) == (0.0, 0.0, pytest.approx(1 - separated.low))
+    # One half is left out where the exact test rejects: 2 · 1/C(10, 5) = 0.008, but 2 · 1/C(6, 3) = 0.1.
+    assert stats.improvement([5, 6, 7], [0, 1, 2]).low < 0.5 < separated.low
+    with pytest.raises(ValueError, match="at least two of each"):
+        stats.improvement([1.0], [0.0, 2.0])
+
+
+def test_performance_profile_by_hand():
+    # above 0: 4 of 4; above 1: 3 of 4 (one run is at 1 and not above); above 3: none
+    assert stats.performance_profile([1, 2, 2, 3], [0, 1, 3]).tolist() == [1.0, 0.75, 0.0]
+    assert stats.performance_profile([[1, 2], [2, 3]], [1]).tolist() == [0.75]
+
+
 # ------------------------------------------------------------------------------------------------ correlations
 
 
@@ -312,3 +372,55 @@ def test_best_of_n_out_of_range_is_an_error():
         stats.best_of_n_curve([1, 2, 3], [1, 2, 3], 1)
     with pytest.raises(ValueError, match="values of gold"):
         stats.best_of_n_curve([[1, 2]], [[1, float("nan")]], 1)
+
+
+# ------------------------------------------------------------------------------------------------ pass@k
+
+
+def test_pass_at_k_by_hand():
+    # n = 4, c = 1: of the 6 pairs 3 hold the right one; c = 2: one pair of 6 holds neither; c = 3: any two hold one.
+    right = [[1, 0, 0, 0], [0, 1, 1, 0], [1, 1, 1, 0], [0, 0, 0, 0]]
+    np.testing.assert_allclose(stats.pass_at_k_values(right, 2), [1 / 2, 5 / 6, 1, 0])
+    np.testing.assert_allclose(stats.pass_at_k_values(right, 1), [1 / 4, 1 / 2, 3 / 4, 0])
+    np.testing.assert_allclose(stats.pass_at_k_values(right, 4), [1, 1, 1, 0])
+    found = stats.pass_at_k(right, 2)
+    assert found.mean == pytest.approx(7 / 12)
+    assert found.low < found.mean < found.high
+    assert stats.pass_at_k(right, 1) == stats.bootstrap_mean(np.asarray(right, dtype=float))
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=7), st.data())
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(samples, data):
+    k = data.draw(st.integers(1, len(samples)))
+    subsets = [any(chosen) for chosen in combinations(samples, k)]
+    np.testing.assert_allclose(stats.pass_at_k_values([samples], k), [np.mean(subsets)])
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_pass_at_k_is_unbiased(k):
+    # Enumerated: n = 5 samples, each right with probability 0.3; the estimate's mean is 1 − 0.7^k.
+    outcomes = np.array(list(product([0, 1], repeat=5)))
+    chance = 0.3 ** outcomes.sum(1) * 0.7 ** (5 - outcomes.sum(1))
+    assert chance @ stats.pass_at_k_values(outcomes, k) == pytest.approx(1 - 0.7**k)
+
+
+def test_pass_at_k_without_any_spread_is_not_certain():
+    # 20 problems, none ever solved: Wilson's upper end is z² / (20 + z²) with z = 1.96
+    found = stats.pass_at_k(np.zeros((20, 4)), 2)
+    assert (found.mean, found.low) == (0.0, 0.0)
+    assert found.high == pytest.approx(1.959964**2 / (20 + 1.959964**2), rel=1e-6)
+    assert stats.pass_at_k(np.ones((20, 4)), 2).low < 1.0
+
+
+def test_pass_at_k_refuses_what_has_no_answer():
+    for bad in ([1, 0], np.zeros((2, 0))):
+        with pytest.raises(ValueError, match=r"give \[problems, samples\]"):
+            stats.pass_at_k_values(bad, 1)
+    for entry in (0.5, float("nan"), 2):
+        with pytest.raises(ValueError, match="right holds something other than 0 and 1"):
+            stats.pass_at_k_values([[entry, 1]], 1)
+    for k in (0, 3):
+        with pytest.raises(ValueError, match=f"k = {k} with 2 samples"):
+            stats.pass_at_k_values([[0, 1]], k)
+    with pytest.raises(ValueError, match="one prompt"):
+        stats.pass_at_k([[0, 1]], 1)

@@ -131,8 +131,11 @@ def execute(verb: Verb, argv: Sequence[str]) -> int:
         print(config.to_yaml(settings), end="")
         return 0
     import torch
+    from transformers.utils import logging
 
     from tokenmdp.run import Run
+
+    logging.disable_progress_bar()  # what takes long has a bar of its own
 
     if options.threads > 0:
         torch.set_num_threads(options.threads)
@@ -164,7 +167,7 @@ def show(result: Mapping[str, Any], folder: Path) -> None:
             elif isinstance(value, float):
                 yield prefix + key, f"{value:.4g}"
             else:
-                long = isinstance(value, list) and len(value) > 6
+                long = isinstance(value, list) and (len(value) > 6 or any(isinstance(v, Mapping) for v in value))
                 yield prefix + key, f"{len(value)} entries" if long else str(value)
 
     table = Table(show_header=False, box=None, pad_edge=False)
@@ -219,7 +222,12 @@ def dispatch(argv: Sequence[str]) -> int:
         return report(rest)
     if name == "run":
         if not rest or rest[0].startswith("-"):
-            print(BUILT_IN["run"])
+            print(
+                f"{BUILT_IN['run']}.\n\nusage: tokenmdp run FILE.py [--config x.yaml] [--field value ...]\n\n"
+                f"Begin with a copy of one in {HOME / 'recipes'}:\n  cp {HOME / 'recipes/ppo.py'} my_ppo.py\n"
+                "  tokenmdp run my_ppo.py --help      its flags are the fields of its Config\n"
+                "  tokenmdp run my_ppo.py --steps 5   writes to runs/my-ppo"
+            )
             return 0 if rest and rest[0] in ("-h", "--help") else 2
         return execute(user_verb(Path(rest[0])), rest[1:])
     if name not in verbs:

@@ -58,12 +58,13 @@ class _Loader(yaml.SafeLoader):
 def read(file: Path, kind: type[Config], preset: Mapping[str, Any] | None = None) -> Config:
     """The settings a YAML or JSON file asks for, then those of `preset`, the defaults for the rest.
 
-    A run folder's config.json is taken too: its "config" part.
+    A run's folder or its config.json is taken too: the "config" part.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: an unknown key, a value of the wrong type, or something that is not a table of settings.
     """
+    file = file / "config.json" if file.is_dir() else file  # a run's folder
     try:
         text = file.read_text(encoding="utf-8")
         found = json.loads(text) if file.suffix == ".json" else yaml.load(text, _Loader)  # a safe loader: plain data

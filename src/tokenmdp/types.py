@@ -44,6 +44,20 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Read:
+    """What the first blocks of a body made of a batch, for every model that shares those blocks (see `Backbone.read`).
+
+    Attributes:
+        states: [B, L, D] what leaves the last of these blocks; a constant.
+        path: the blocks: their number, the addresses of their weights and the compute type. A model with another path
+            must read the tokens itself.
+    """
+
+    states: Float[Tensor, "B L D"]
+    path: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
 class Batch:
     """B responses: a prefix each, followed by the tokens the policy (or a demonstrator) chose.
 
@@ -58,6 +72,8 @@ class Batch:
         prompts: the B prompts the rows came from, one a row.
         texts: the B responses as text (without the prefix), one a row.
         group: [B] rows with one number are samples of one prompt of one draw.
+        read: what frozen first blocks made of the tokens, where somebody has asked (`Policy.read`); it saves time and
+            changes no result.
     """
 
     tokens: Int[Tensor, "B L"]
@@ -68,6 +84,7 @@ class Batch:
     texts: tuple[str, ...]
     group: Int[Tensor, "B"]
     logp_mu: Float[Tensor, "B L"] | None = None
+    read: Read | None = None
 
     def __post_init__(self) -> None:
         B, L = self.tokens.shape
@@ -124,6 +141,7 @@ class Batch:
             texts=tuple(self.texts[i] for i in picked),
             group=self.group[index],
             logp_mu=None if self.logp_mu is None else self.logp_mu[index, :L],
+            read=None if self.read is None else Read(self.read.states[index, :L], self.read.path),
         )
 
     @staticmethod
@@ -172,7 +190,9 @@ class Batch:
 
     @staticmethod
     def concat(batches: Sequence[Batch]) -> Batch:
-        """Stack batches row on row, padded to the longest; groups of different batches stay apart."""
+        """Stack batches row on row, padded to the longest; groups of different batches stay apart, and what was read
+        of them is dropped.
+        """
         if not batches:
             raise ValueError("no batches to stack: the selection is empty")
         L = max(b.tokens.shape[1] for b in batches)
@@ -199,11 +219,11 @@ class Batch:
         )
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch with its tensors on `device`."""
+        """The same batch with its tensors on `device`; what was read of it stays behind."""
         moved: dict[str, Any] = {
             f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)
         }
-        return replace(self, **moved)
+        return replace(self, **moved, read=None)
 
 
 @dataclass(frozen=True)

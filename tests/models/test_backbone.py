@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from tiny_models import ragged, tiny
+from tiny_models import ARCHITECTURES, ragged, tiny
 from tokenmdp.learner import Learner
 from tokenmdp.models.backbone import Backbone, blocks, compute_dtype
 from tokenmdp.models.policy import Policy
+from tokenmdp.rewards.reward_model import RewardModel
 from tokenmdp.types import Batch
 
 SPECS = ["all", "top-1", "lora-4"]
@@ -212,3 +214,78 @@ def test_float32_leaves_every_weight_alone(policy: Policy) -> None:
     before = {name: id(p) for name, p in policy.model.named_parameters()}
     with policy.backbone.converted():
         assert {name: id(p) for name, p in policy.model.named_parameters()} == before
+
+
+# -- frozen first blocks are read once
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=sorted(ARCHITECTURES))
+def learner_and_start(request: pytest.FixtureRequest) -> tuple[Policy, Policy]:
+    """A policy that trains its top block, moved away from its start; both share the first block."""
+    start = tiny(request.param)
+    policy = start.twin("top-1")
+    improve(policy, ragged(seed=3), steps=1)
+    return policy, start
+
+
+def runs_of_the_first_block(policy: Policy, work: Callable[[], object]) -> int:
+    ran: list[None] = []
+    handle = blocks(policy.backbone.body)[0].register_forward_hook(lambda *_: ran.append(None))
+    work()
+    handle.remove()
+    return len(ran)
+
+
+def test_what_was_read_changes_no_result_and_is_not_read_again(learner_and_start: tuple[Policy, Policy]) -> None:
+    policy, start = learner_and_start
+    b = ragged()
+    known = policy.read(b)
+    assert known.read is not None
+    for model in (policy, start):
+        want, found = (model.evaluate(x, ("logp", "entropy")) for x in (b, known))
+        for name in want:
+            assert torch.equal(found[name], want[name])
+        assert runs_of_the_first_block(model, lambda model=model: model.evaluate(b)) == 1
+        assert runs_of_the_first_block(model, lambda model=model: model.evaluate(known)) == 0
+    rows = torch.tensor([4, 1])
+    assert torch.allclose(
+        policy.evaluate(known.select(rows))["logp"], policy.evaluate(b.select(rows))["logp"], rtol=0, atol=1e-5
+    )
+
+
+def test_gradients_are_those_of_a_full_pass(learner_and_start: tuple[Policy, Policy]) -> None:
+    policy, _ = learner_and_start
+    b = ragged()
+    found = []
+    for batch_ in (b, policy.read(b)):
+        policy.evaluate(batch_)["logp"].sum().backward()
+        found.append([p.grad for _, p in policy.trained()])
+        policy.model.zero_grad(set_to_none=True)
+    assert all(torch.equal(a, c) for a, c in zip(*found, strict=True) if a is not None and c is not None)
+    assert any(bool(g.any()) for g in found[1] if g is not None)
+
+
+def test_another_models_reading_is_not_used() -> None:
+    b = ragged()
+    policy, stranger = tiny("llama").twin("top-1"), tiny("llama", seed=5)
+    known = policy.read(b)
+    assert torch.equal(stranger.evaluate(known)["logp"], stranger.evaluate(b)["logp"])
+    assert not torch.equal(stranger.evaluate(known)["logp"], policy.evaluate(b)["logp"])
+
+
+@pytest.mark.parametrize("train", ["all", "lora-4", "top-2"])
+def test_where_every_block_trains_nothing_is_read(train: str) -> None:
+    b = ragged()
+    assert tiny("llama").twin(train).read(b) is b
+
+
+def test_rewards_and_critics_on_the_same_body_use_it() -> None:
+    start, b = tiny("llama"), ragged()
+    policy, reward = start.twin("top-1"), RewardModel.from_policy(start, "top-1", pool="mean")
+    with torch.no_grad():
+        reward.head.weight.normal_(0.0, 0.3, generator=torch.Generator().manual_seed(0))
+    critic = reward.critic("head")
+    known = policy.read(b)
+    assert torch.equal(reward(known).value, reward(b).value)
+    assert torch.equal(critic.states(known), critic.states(b))

@@ -179,6 +179,19 @@ def test_a_hanging_callable_loses_only_its_row():
     assert "cannot be killed" in next(iter(reward.reasons))
 
 
+def test_the_limit_is_an_items_own():
+    """Each row takes a fraction of the limit and all together take more: each gets its verdict, row by row."""
+
+    def judge(completions):
+        for _ in completions:
+            time.sleep(0.4 * LIMIT)
+        return [1.0] * len(completions)
+
+    reward = FunctionReward(judge, timeout_seconds=LIMIT)
+    assert bool(reward(make_batch(["a", "b", "c"])).verdict.all())
+    assert reward.missing == 0
+
+
 def test_signature_and_settings_are_checked_before_the_run():
     def judge(texts):
         return texts

@@ -51,6 +51,14 @@ def test_a_function_of_a_file(policy: Policy, batch: Batch, file: str):
     assert reward(batch).value.tolist() == [1.0, 2.0]
 
 
+def test_a_functions_limits(policy: Policy, file: str):
+    reward = rewards.load(f"{file}:length:timeout_seconds=2.5,max_missing=0.1", policy)
+    assert isinstance(reward, FunctionReward)
+    assert (reward.name, reward.timeout_seconds, reward.max_missing) == ("length", 2.5, 0.1)
+    with pytest.raises(ValueError, match="no option 'timeout': it has timeout_seconds, max_missing, as name=value"):
+        rewards.load(f"{file}:length:timeout=2", policy)
+
+
 def test_a_mixture_with_weights_and_without(policy: Policy, batch: Batch, file: str):
     reward = rewards.load(f"0.5*{file}:length+1e+1 * addition + {file}:one + -2*{file}:one", policy)
     assert isinstance(reward, Mixture)

@@ -211,10 +211,76 @@ def test_pairs_share_the_prompt_and_keep_the_margin(policy: Policy) -> None:
 
 
 def test_labelled_completions(policy: Policy) -> None:
-    b = data.labelled(
+    b, label = data.labelled(
         [{"prompt": "q", "completion": "a", "label": "true"}, {"prompt": "q", "completion": "b", "label": 0}], policy
     )
-    assert [p.columns["label"] for p in b.prompts] == [True, False]
+    assert label.tolist() == [True, False] == [p.columns["label"] for p in b.prompts]
+    assert b.texts == ("a", "b")
+
+
+def test_logged_completions(policy: Policy, chatty: Policy) -> None:
+    b, reward = data.logged(
+        [{"prompt": "q", "completion": "a", "reward": "-1.5"}, {"prompt": "q", "completion": "b", "reward": 0}], policy
+    )
+    assert reward.tolist() == [-1.5, 0.0]
+    assert b.texts == ("a", "b")
+    ask = {"role": "user", "content": "hi"}
+    b, reward = data.logged([{"prompt": [ask], "completion": "yo", "reward": 2, "id": 7}], chatty)
+    assert (b.texts, reward.tolist(), b.prompts[0].columns["id"]) == (("yo",), [2.0], 7)
+
+
+STEPS = {"prompt": "2*3+1=", "completions": ["2*3=6", "6+1=8"], "labels": [True, False], "source": "hand"}
+
+
+def test_a_step_is_labelled_at_its_last_token(policy: Policy) -> None:
+    """One character a token: the prompt's six, `2*3=6\\n` at 6 to 11, `6+1=8` at 12 to 16, the end at 17."""
+    b, label, where = data.stepwise([STEPS, {"prompt": "q", "completions": ["a"], "labels": ["1"]}], policy)
+    assert b.texts == ("2*3=6\n6+1=8", "a")
+    assert b.ended.tolist() == [True, True]
+    assert int(b.length[0]) == 18
+    assert where.nonzero().tolist() == [[0, 11], [0, 16], [1, 1]]
+    assert label[where].tolist() == [1.0, 0.0, 1.0]
+    assert not bool(label[~where].any())
+    assert b.prompts[0].columns == {"source": "hand"}
+    assert bool((where <= b.action).all()), "a step's last token is an action"
+
+
+def test_steps_take_the_separator_asked_for_and_the_chats_prompt(policy: Policy, chatty: Policy) -> None:
+    b, _, where = data.stepwise([STEPS], policy, separator="")
+    assert b.texts == ("2*3=66+1=8",)
+    assert where.nonzero().tolist() == [[0, 10], [0, 15]]
+    b, _, where = data.stepwise([{**STEPS, "prompt": [{"role": "user", "content": "hi"}]}], chatty)
+    start = len(chatty.encode("<user>hi<assistant>"))
+    assert b.prompts[0].text == "<user>hi<assistant>"
+    assert where.nonzero()[:, 1].tolist() == [start + 5, start + 10]
+
+
+def test_steps_that_are_cut_off_have_no_label(policy: Policy) -> None:
+    b, label, where = data.stepwise([STEPS], policy, max_tokens=8)
+    assert b.ended.tolist() == [False]
+    assert where.nonzero().tolist() == [[0, 11]]
+    assert label.sum() == 1
+
+
+def test_steps_are_tokenised_as_they_are_written_one_after_the_other() -> None:
+    """Tokens join within a step, as ` film` does after a word, and never across the end of a step."""
+    words = tiny(["the film was good, the film was bad"] * 9, 300)
+    rows = [{"prompt": "the", "completions": [" film was", " good"], "labels": [1, 0]}]
+    b, _, where = data.stepwise(rows, words, separator="")
+    assert b.tokens[0][b.action[0]].tolist()[:-1] == words.encode("the film was good")[1:]
+    first, second = where[0].nonzero()[:, 0].tolist()
+    assert words.decode(b.tokens[0, : first + 1].tolist()) == "the film was"
+    assert second == int(b.length[0]) - 2
+
+
+def test_pairs_with_equal_sides_are_taken_out_and_counted(policy: Policy) -> None:
+    rows = [{"prompt": "q", "chosen": c, "rejected": r} for c, r in (("yes", "no"), ("a", "a"), ("ab", "a"))]
+    kept, equal = data.distinct(data.pairs(rows, policy))
+    assert equal == 1
+    assert kept.chosen.texts == ("yes", "ab")
+    assert data.distinct(kept)[1] == 0
+    with pytest.raises(ValueError, match="in all 1 pairs chosen and rejected are the same response"):
+        data.distinct(data.pairs(rows[1:2], policy))
 
 
 def test_what_does_not_fit_the_context_says_row_length_and_limit(policy: Policy) -> None:
@@ -225,7 +291,9 @@ def test_what_does_not_fit_the_context_says_row_length_and_limit(policy: Policy)
         data.demonstrations([{"prompt": "a" * 12, "completion": "b" * limit}], policy)
 
 
-@pytest.mark.parametrize("read", [data.prompts, data.demonstrations, data.pairs, data.labelled])
+@pytest.mark.parametrize(
+    "read", [data.prompts, data.demonstrations, data.pairs, data.labelled, data.logged, data.stepwise]
+)
 def test_no_rows_is_an_error(policy: Policy, read: Any) -> None:
     with pytest.raises(ValueError, match="there are no rows"):
         read([], policy)
@@ -284,6 +352,13 @@ def test_pairs_of_one_prompt_stay_together(policy: Policy) -> None:
     assert isinstance(learned, Pairs)
     sides = [{p.text for p in part.chosen.prompts} for part in (learned, kept)]
     assert sides[0].isdisjoint(sides[1])
+    assert (len(learned), len(kept)) == (12, 8)
+
+
+def test_rows_of_one_prompt_stay_together_where_asked(policy: Policy) -> None:
+    b = data.demonstrations([{"prompt": f"{i % 5}", "completion": f"{i}"} for i in range(20)], policy)
+    learned, kept = data.split(b, 0.4, torch.Generator().manual_seed(0), by_prompt=True)
+    assert {p.text for p in learned.prompts}.isdisjoint({p.text for p in kept.prompts})
     assert (len(learned), len(kept)) == (12, 8)
 
 

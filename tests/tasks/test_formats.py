@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tokenmdp.tasks import formats
-from tokenmdp.tasks.formats import Demonstration, Preference
+from tokenmdp.tasks.formats import Demonstration, Preference, Steps
 
 ASK = {"role": "user", "content": "2+2?"}
 REPLY = {"role": "assistant", "content": "4"}
@@ -90,6 +90,17 @@ def test_labels(label: object, want: bool) -> None:
     assert formats.labelled({"prompt": "q", "completion": "a", "label": label}, 0).columns["label"] is want
 
 
+@pytest.mark.parametrize(("reward", "want"), [(1, 1.0), ("-0.5", -0.5), (0.0, 0.0)])
+def test_rewards(reward: object, want: float) -> None:
+    found = formats.logged({"prompt": "q", "completion": "a", "reward": reward, "id": 1}, 0)
+    assert found == Demonstration("q", "a", {"reward": want, "id": 1})
+
+
+def test_steps() -> None:
+    row = {"prompt": [ASK], "completions": ["2+2 is 4.", "So 5."], "labels": [1, "false"], "id": 3}
+    assert formats.stepwise(row, 0) == Steps([ASK], ("2+2 is 4.", "So 5."), (True, False), {"id": 3})
+
+
 @pytest.mark.parametrize(
     ("read", "row", "words"),
     [
@@ -110,6 +121,33 @@ def test_labels(label: object, want: bool) -> None:
             formats.labelled,
             {"prompt": "q", "completion": "a", "label": "maybe"},
             "label is 'maybe'; it must be true or false",
+        ),
+        (
+            formats.logged,
+            {"prompt": "q", "completion": "a", "reward": None},
+            "row 5 has prompt, completion; a logged completion needs one of: prompt, completion, reward",
+        ),
+        (formats.logged, {"prompt": "q", "completion": "a", "reward": "nan"}, "reward is 'nan'; it must be a finite"),
+        (formats.logged, {"prompt": "q", "completion": "a", "reward": True}, "reward is True; it must be a finite"),
+        (formats.logged, {"prompt": "q", "completion": "", "reward": 1}, "row 5: completion is empty"),
+        (
+            formats.stepwise,
+            {"prompt": "q", "completion": "a"},
+            "row 5 has prompt, completion; an answer in steps needs one of: prompt, completions, labels",
+        ),
+        (
+            formats.stepwise,
+            {"prompt": "q", "completions": ["a", "b"], "labels": [1]},
+            "2 completions and 1 labels; each step needs one label",
+        ),
+        (formats.stepwise, {"prompt": "q", "completions": [], "labels": []}, "completions is []; it must be a list"),
+        (formats.stepwise, {"prompt": "q", "completions": "a", "labels": [1]}, "completions is 'a'; it must be a list"),
+        (formats.stepwise, {"prompt": "q", "completions": ["a"], "labels": 1}, "labels is 1; it must be a list"),
+        (formats.stepwise, {"prompt": "q", "completions": ["a", ""], "labels": [1, 1]}, "step 1 of completions is ''"),
+        (
+            formats.stepwise,
+            {"prompt": "q", "completions": ["a"], "labels": [0.5]},
+            "label 0 of labels is 0.5; it must be true or false",
         ),
         (formats.demonstration, {"text": ""}, "row 5: text is empty"),
         (formats.demonstration, {"prompt": "q", "completion": ""}, "row 5: completion is empty"),

@@ -292,6 +292,7 @@ def figures(
     ]
     spread = float(gb.std())
     return {
+        "prompts": prompts,
         "gold_sft": stats.bootstrap_mean(gb.mean(1))._asdict(),
         "gold_bon": {**stats.bootstrap_mean(bon)._asdict(), "n": candidates},
         "gold_ppo": stats.bootstrap_mean(ga.mean(1))._asdict(),
@@ -390,9 +391,9 @@ def ppo_curve(stage: Run, every: int) -> list[dict[str, float]]:
     return points
 
 
-def verdict(found: dict[str, Any], curve: list[dict[str, float]]) -> list[str]:
-    """What the figures say, in words; thresholds: an interval that excludes 0, and half of the proxy's gain seen in
-    gold.
+def verdict(found: dict[str, Any], curve: list[dict[str, float]], rm: dict[str, Any]) -> list[str]:
+    """What the figures say, in words, and what speaks against them; thresholds: an interval that excludes 0 (for the
+    reward model's accuracy one half), half of the proxy's gain seen in gold, nine in ten responses cut.
     """
     d, b, nats = found["ppo_minus_sft"], found["bon_minus_sft"], found["kl_nats"]["ppo"]["mean"]
     gap = f"{d['mean']:+.2f} gold (95 % interval {d['low']:+.2f} to {d['high']:+.2f}) at a KL of {nats:.1f} nats a response"
@@ -423,7 +424,20 @@ def verdict(found: dict[str, Any], curve: list[dict[str, float]]) -> list[str]:
             f"Proxy and gold rose together: the proxy gained {gained_proxy:.2f} of its standard deviations over SFT samples, gold "
             f"{gained_gold:.2f} of its own."
         )
-    return out
+    if rm["low"] <= 0.5:
+        out.append(
+            f"Beware: the reward model was right on {rm['accuracy']:.0%} of held-out pairs ({rm['low']:.0%} to {rm['high']:.0%}), "
+            "which may be a coin's luck."
+        )
+    if found["clipped_ratio"]["ppo"] > 0.9:
+        out.append(
+            f"{found['clipped_ratio']['ppo']:.0%} of PPO's responses were cut at the horizon: none of this is about endings."
+        )
+    out.append(
+        f"Gold is the log-odds that a response is positive, by a classifier no stage saw; judged on {found['prompts']} "
+        "held-out prefixes."
+    )
+    return [sentence.replace("-0", "−0").replace(" -", " −") for sentence in out]
 
 
 def peak_gb() -> float:
@@ -449,7 +463,7 @@ def main(cfg: Config, run: Run) -> dict[str, object]:
         "size": cfg.size,
         "seed": run.seed,
         "model": demo.start.name,
-        "verdict": verdict(found, curve),
+        "verdict": verdict(found, curve, rm),
         **found,
         "rm": {**rm, "bayes_accuracy": labelled["bayes_accuracy"]},
         "labels": {

@@ -19,7 +19,7 @@ class Config:
     prompt: str = "The film was"  # one prompt as plain text
     chat: bool = False  # send `prompt` as a user message through the chat template
     n: int = 1  # responses a prompt
-    max_new_tokens: int = 64
+    max_new_tokens: int = 64  # the longest a response may be
     temperature: float = 1.0  # 0 takes the most likely token
     top_p: float = 1.0  # nucleus mass kept
     top_k: int = 0  # most likely tokens kept; 0 keeps all
@@ -29,7 +29,8 @@ def main(cfg: Config, run: Run) -> dict[str, object]:
     """Sample, write samples.jsonl, and print the responses."""
     policy = catalog.load(cfg.model).freeze()
     if cfg.prompts:
-        prompts = list(tasks.load(cfg.prompts, policy).train)
+        task = tasks.load(cfg.prompts, policy)
+        prompts = sorted([*task.train, *task.held_out], key=lambda p: p.row)
     else:
         prompts = [policy.prompt([{"role": "user", "content": cfg.prompt}] if cfg.chat else cfg.prompt)]
     sampling = Sampling(cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k)

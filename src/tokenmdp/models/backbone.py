@@ -6,6 +6,7 @@ modules while every weight that will not train stays one tensor in memory.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import ctypes
 import hashlib
@@ -21,6 +22,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from tokenmdp.types import Read
 
 TRAIN = re.compile(r"all|none|head|top-[1-9]\d*|lora-[1-9]\d*")
 
@@ -74,6 +77,7 @@ class Backbone:
         self.body: nn.Module = model.base_model
         self.device = next(model.parameters()).device
         self.compute = compute_dtype(compute, self.device)
+        self._divisible: bool | None = None
 
     def autocast(self) -> torch.autocast:
         """The context every forward pass of this model runs in."""
@@ -107,13 +111,97 @@ class Backbone:
             for layer, weight in swapped:
                 layer.weight = weight
 
-    def hidden(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B L D"]:
+    def hidden(self, tokens: Int[Tensor, "B L"], read: Read | None = None) -> Float[Tensor, "B L D"]:
         """Hidden states of right-padded rows, `hidden[b, t]` after reading `tokens[b, :t + 1]`.
 
         No attention mask is needed: attention is causal and padding is on the right, so no real position can see it.
+
+        Args:
+            read: what the first blocks made of the same tokens; used if they are this model's blocks.
         """
-        with self.autocast():
+        with self.autocast(), self.given(read):
             return self.body(input_ids=tokens, use_cache=False).last_hidden_state
+
+    # -- frozen first blocks are read once for all roles
+
+    @torch.no_grad()
+    def read(self, tokens: Int[Tensor, "B L"], count: int | None = None) -> Read | None:
+        """What the first `count` blocks make of the tokens; None where there is nothing to share.
+
+        Policy, reference, reward model and critic that train their top blocks hold the same first blocks, and nothing
+        in these changes while they learn: one reading serves them all, and every update of a phase.
+
+        Args:
+            count: how many blocks; None for all those before the first that trains.
+        """
+        count = self.frozen_blocks() if count is None else count
+        if count == 0 or not self.divisible():
+            return None
+        found: list[Tensor] = []
+
+        def stop(block: nn.Module, given: Any, output: Any) -> None:
+            found.append(output[0] if isinstance(output, tuple) else output)
+            raise _Enough
+
+        handle = blocks(self.body)[count - 1].register_forward_hook(stop)
+        try:
+            with self.autocast(), contextlib.suppress(_Enough):
+                self.body(input_ids=tokens, use_cache=False)
+        finally:
+            handle.remove()
+        return Read(found[0], self._path(count))
+
+    @contextmanager
+    def given(self, read: Read | None) -> Iterator[None]:
+        """While this lasts the first blocks are not run: what they made of the tokens is given. Does nothing where
+        `read` is None or comes from other blocks.
+        """
+        count = 0 if read is None else int(read.path[0])
+        if read is None or read.path != self._path(count):
+            yield
+            return
+        stack = blocks(self.body)
+        kept = list(stack[:count])
+        try:
+            for i, block in enumerate(kept):
+                stack[i] = _Known(block, read.states)
+            yield
+        finally:
+            for i, block in enumerate(kept):
+                stack[i] = block
+
+    def frozen_blocks(self) -> int:
+        """How many blocks come before the first in which something trains; 0 if what comes before the blocks trains."""
+        try:
+            stack = blocks(self.body)
+        except ValueError:
+            return 0
+        embedding = self.model.get_input_embeddings()
+        if any(p.requires_grad for p in embedding.parameters()):
+            return 0
+        trains = [i for i, block in enumerate(stack) if any(p.requires_grad for p in block.parameters())]
+        return trains[0] if trains else len(stack)
+
+    @torch.no_grad()
+    def divisible(self) -> bool:
+        """Whether blocks given what came before them go on as if they had been run; a few tokens show it, once.
+
+        They do not where a body carries more from block to block than one tensor.
+        """
+        if self._divisible is None:
+            self._divisible = True  # for the call of `read` below
+            probe = torch.arange(1, 9, device=self.device).view(2, 4) % self.model.config.vocab_size
+            try:
+                whole = self.hidden(probe)
+                half = self.hidden(probe, self.read(probe, max(1, len(blocks(self.body)) // 2)))
+                self._divisible = bool(torch.equal(whole, half))
+            except (TypeError, AttributeError, ValueError, RuntimeError, IndexError):
+                self._divisible = False
+        return self._divisible
+
+    def _path(self, count: int) -> tuple[Any, ...]:
+        first = [self.model.get_input_embeddings(), *blocks(self.body)[:count]]
+        return (count, str(self.compute), *(p.data_ptr() for module in first for p in module.parameters()))
 
     def freeze(self) -> None:
         """No weight of this model trains from here on: it is what twins are measured against, and may be shared.
@@ -190,6 +278,25 @@ class Backbone:
             digest.update(name.encode())
             digest.update(value.detach().contiguous().cpu().view(torch.uint8).numpy().data)
         return digest.hexdigest()[:16]
+
+
+class _Enough(Exception):
+    """Raised to leave a forward pass when what was wanted is there."""
+
+
+class _Known(nn.Module):
+    """Stands in for a block whose output is known."""
+
+    def __init__(self, block: nn.Module, states: Tensor) -> None:
+        super().__init__()
+        self.__dict__["stands_for"] = block  # past nn.Module, which would make it a part of this one
+        self.states = states
+
+    def forward(self, *_: Any, **__: Any) -> Tensor:
+        return self.states
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["stands_for"], name)  # bodies ask their blocks for a kind of attention
 
 
 def blocks(body: nn.Module) -> nn.ModuleList:

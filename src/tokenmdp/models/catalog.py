@@ -66,7 +66,7 @@ def load_model(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     Raises:
         ValueError: as `load`.
     """
-    path = Path(name).expanduser()
+    path = model_folder(name)
     name = str(name).lower() if str(name).lower() in NAMES else str(name)
     if name == "tiny":
         policy = tiny()
@@ -89,6 +89,12 @@ def load_model(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
         raise ValueError(f"there is no model at {path.absolute()}: {_choices(name)}")
     _check_vocabulary(name, model, tokenizer)
     return model, tokenizer
+
+
+def model_folder(name: str | Path) -> Path:
+    """The folder that holds the model: a run's folder stands for the `model/` it wrote."""
+    path = Path(name).expanduser()
+    return path / "model" if (path / "model" / "config.json").is_file() else path
 
 
 def check_beginning(policy: Policy) -> None:
@@ -215,7 +221,7 @@ def _embeddings(model: PreTrainedModel) -> int:
 def _looks_like_hub_id(name: str) -> bool:
     """Whether to ask the hub: not for a path or in a folder that exists here, not for a catalog name mistyped."""
     owner = name.partition("/")[0] if "/" in name else ""
-    mistyped = difflib.get_close_matches(name.lower(), NAMES, n=1, cutoff=0.85)
+    mistyped = difflib.get_close_matches(name.lower(), NAMES, n=1, cutoff=0.85) or _begun(name)
     return (
         bool(_HUB_ID.fullmatch(name))
         and not name.startswith(".")
@@ -224,8 +230,13 @@ def _looks_like_hub_id(name: str) -> bool:
     )
 
 
+def _begun(name: str) -> list[str]:
+    """The catalog names that a name of four letters or more is the beginning of."""
+    return [known for known in NAMES if len(name) > 3 and known.startswith(name.lower())]
+
+
 def _choices(name: str) -> str:
-    near = difflib.get_close_matches(name.lower(), NAMES, n=1)
+    near = difflib.get_close_matches(name.lower(), NAMES, n=1) or _begun(name)
     guess = f"did you mean {near[0]}? " if near else ""
     kinds = "a Hugging Face directory, a PEFT adapter directory, a .gguf file or a hub id"
     return f"{guess}a model is one of {', '.join(NAMES)}, {kinds}"

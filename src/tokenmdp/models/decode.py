@@ -7,6 +7,8 @@ that reads a preallocated slab of keys and values:
     row b     ..prefix of b....| its response          so every row writes its next token into one column
 
 * A prefix is read once for all its samples, then its keys and values are copied to their rows (`shared prefill`).
+* States along one row are prefixes of each other: `fork` reads the row once for all of them, and gives every fork the
+  keys and values up to its own position.
 * Keys and values of grouped heads are never repeated: the query heads of a group become query rows of one product.
 * Rows that ended leave: when enough have, the slab is compacted, so the last long responses do not pay for the short
   ones.
@@ -22,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -51,6 +53,20 @@ class Drawn:
     tokens: list[int] = field(default_factory=list)
     logp: list[float] = field(default_factory=list)
     ended: bool = False
+
+
+class Fork(NamedTuple):
+    """A state to draw from: the first tokens of a row.
+
+    Attributes:
+        parent: which row.
+        length: how many of its tokens are kept, at least 1.
+        horizon: the most tokens that may follow.
+    """
+
+    parent: int
+    length: int
+    horizon: int
 
 
 class Slab:
@@ -84,23 +100,25 @@ class Slab:
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0 if self.reading else self.column
 
-    def spread(self, lengths: Tensor, source: Tensor, columns: int) -> None:
+    def spread(self, lengths: Tensor, parent: Tensor, source: Tensor, columns: int) -> None:
         """Give every row the keys and values of its prefix, right-aligned, with room for `columns` in all.
 
         Args:
             lengths: [prefixes] tokens of each prefix.
+            parent: [prefixes] the row read of which each prefix is the beginning.
             source: [rows] the prefix of each row.
         """
         P, rows = int(lengths.max()), len(source)
         ragged = bool((lengths != P).any())
+        each_its_own = parent.tolist() == list(range(len(next(iter(self.keys.values())))))
         # column c of a prefix of length n holds its position c − (P − n)
         position = torch.arange(P, device=lengths.device)[None] - (P - lengths)[:, None]
         for store in (self.keys, self.values):
             for layer, read in store.items():
-                aligned = read
+                aligned = read if each_its_own else read[parent]
                 if ragged:
                     index = position.clamp(min=0)[:, None, :, None].expand(-1, read.shape[1], -1, read.shape[3])
-                    aligned = read.gather(2, index)
+                    aligned = aligned.gather(2, index)
                 # Empty, not zeros: no column is read before it is written.
                 slab = read.new_empty((rows, read.shape[1], columns, read.shape[3]), dtype=self.dtype or read.dtype)
                 slab[:, :, :P] = aligned[source]
@@ -198,20 +216,23 @@ def _step(policy: Policy, tokens: Tensor, positions: Tensor, slab: Slab) -> Tens
 
 
 def _read(
-    policy: Policy, prefixes: Sequence[Sequence[int]], source: Tensor, columns: int, slab: Slab
+    policy: Policy, parents: Sequence[Sequence[int]], forks: Sequence[Fork], source: Tensor, columns: int, slab: Slab
 ) -> tuple[Tensor, Tensor]:
-    """Read each prefix once and spread it over its rows. Returns the last hidden state of each prefix and the
-    lengths.
+    """Read each parent once, as far as it is forked, and spread it over the rows of its forks. Returns the last hidden
+    state of each fork and the lengths.
     """
     device = policy.device
-    lengths = torch.tensor([len(p) for p in prefixes], device=device)
+    lengths = torch.tensor([f.length for f in forks], device=device)
+    place = {parent: i for i, parent in enumerate(dict.fromkeys(f.parent for f in forks))}
+    parent = torch.tensor([place[f.parent] for f in forks], device=device)
     P = int(lengths.max())
-    tokens = torch.zeros((len(prefixes), P), dtype=torch.long, device=device)
-    for i, prefix in enumerate(prefixes):
-        tokens[i, : len(prefix)] = torch.tensor(list(prefix), device=device)
-    hidden = _step(policy, tokens, torch.arange(P, device=device).expand(len(prefixes), -1), slab)
-    slab.spread(lengths, source, P + columns)
-    return hidden[torch.arange(len(prefixes), device=device), lengths - 1], lengths
+    tokens = torch.zeros((len(place), P), dtype=torch.long, device=device)
+    for name, i in place.items():
+        kept = list(parents[name][:P])
+        tokens[i, : len(kept)] = torch.tensor(kept, device=device)
+    hidden = _step(policy, tokens, torch.arange(P, device=device).expand(len(place), -1), slab)
+    slab.spread(lengths, parent, source, P + columns)
+    return hidden[parent, lengths - 1], lengths
 
 
 def fast(
@@ -226,27 +247,54 @@ def fast(
 
     Equal to `slow` up to the rounding of the model's own arithmetic.
     """
-    drawn = [Drawn() for _ in range(len(prefixes) * n)]
-    # Prefixes of like length share a slab; each slab is bounded in memory.
-    order = sorted(range(len(prefixes)), key=lambda i: len(prefixes[i]))
+    whole = [Fork(i, len(prefix), sampling.max_new_tokens) for i, prefix in enumerate(prefixes)]
+    return fork(policy, prefixes, whole, n, uniform, sampling, advance)
+
+
+def fork(
+    policy: Policy,
+    parents: Sequence[Sequence[int]],
+    forks: Sequence[Fork],
+    n: int,
+    uniform: Float[Tensor, "B H"],
+    sampling: Sampling,
+    advance: Callable[[int], None] | None = None,
+) -> list[Drawn]:
+    """`n` continuations of each fork; row f·n + j is sample j of fork f and uses `uniform[f·n + j]`.
+
+    A parent is read once for all its forks, unless they do not fit one slab: then once a slab. Equal to `slow` on the
+    forks' tokens, each with its own horizon, up to the rounding of the model's own arithmetic.
+
+    Args:
+        sampling: its `max_new_tokens` is not read: every fork has its own horizon.
+    """
+    drawn = [Drawn() for _ in range(len(forks) * n)]
+    # Forks of one parent stay together, parents of like length share a slab; each slab is bounded in memory.
+    longest: dict[int, int] = {}
+    for f in forks:
+        longest[f.parent] = max(f.length, longest.get(f.parent, 0))
+    order = sorted(range(len(forks)), key=lambda i: (longest[forks[i].parent], forks[i].parent, forks[i].length))
     start = 0
     while start < len(order):
-        end = start + 1
-        while (
-            end < len(order)
-            and (end + 1 - start) * n * (len(prefixes[order[end]]) + sampling.max_new_tokens) <= SLAB_TOKENS
-        ):
+        end, (_, length, horizon) = start + 1, forks[order[start]]
+        while end < len(order):
+            length, horizon = max(length, forks[order[end]].length), max(horizon, forks[order[end]].horizon)
+            if (end + 1 - start) * n * (length + horizon) > SLAB_TOKENS:
+                break
             end += 1
         part = order[start:end]
         rows = [i * n + j for i in part for j in range(n)]
-        _decode_part(policy, [prefixes[i] for i in part], n, uniform[rows], sampling, [drawn[r] for r in rows], advance)
+        _decode_part(
+            policy, parents, [forks[i] for i in part], n, uniform[rows], sampling, [drawn[r] for r in rows], advance
+        )
         start = end
     return drawn
 
 
 def _decode_part(
     policy: Policy,
-    prefixes: Sequence[Sequence[int]],
+    parents: Sequence[Sequence[int]],
+    forks: Sequence[Fork],
     n: int,
     uniform: Tensor,
     sampling: Sampling,
@@ -254,44 +302,44 @@ def _decode_part(
     advance: Callable[[int], None] | None,
 ) -> None:
     device, slab = policy.device, _slab_for(policy)
-    source = torch.arange(len(prefixes), device=device).repeat_interleave(n)
+    source = torch.arange(len(forks), device=device).repeat_interleave(n)
+    limit = torch.tensor([f.horizon for f in forks], device=device)[source]
     eos = torch.tensor(policy.eos_ids, device=device)
     with _slab_attention(policy, slab):
-        last, lengths = _read(policy, prefixes, source, sampling.max_new_tokens, slab)
+        last, lengths = _read(policy, parents, forks, source, int(limit.max()), slab)
         logits = policy.project(last)[source].float()
         position, live = (
             lengths[source],
             torch.arange(len(drawn), device=device),
         )  # live: which row of `drawn` each slab row is
         done = torch.zeros(len(drawn), dtype=torch.bool, device=device)
-        for t in range(sampling.max_new_tokens):
+        for t in range(int(limit.max())):
             token, logp = draw(logits, uniform[live, t], sampling)
             finished_before = done.tolist()
             for row, a, lp, gone in zip(live.tolist(), token.tolist(), logp.tolist(), finished_before, strict=True):
                 if not gone:
                     drawn[row].tokens.append(a)
                     drawn[row].logp.append(lp)
+            over = ~done & (limit[live] == t + 1)
             if sampling.stop_at_eos:
                 ended = torch.isin(token, eos) & ~done
                 for row in live[ended].tolist():
                     drawn[row].ended = True
-                done = done | ended
-                if advance is not None and bool(ended.any()):
-                    advance(int(ended.sum()))
-                if bool(done.all()) or t + 1 == sampling.max_new_tokens:
-                    break
-                if float((~done).float().mean()) < COMPACT_BELOW:
-                    kept = (~done).nonzero()[:, 0]
-                    slab.keep(kept)
-                    live, position, token, done = live[kept], position[kept], token[kept], done[kept]
-            elif t + 1 == sampling.max_new_tokens:
+                over = over | ended
+            done = done | over
+            if advance is not None and bool(over.any()):
+                advance(int(over.sum()))
+            if bool(done.all()):
                 break
+            if float((~done).float().mean()) < COMPACT_BELOW:
+                kept = (~done).nonzero()[:, 0]
+                slab.keep(kept)
+                live, position, token, done = live[kept], position[kept], token[kept], done[kept]
             hidden = _step(policy, token[:, None], position[:, None], slab)
             slab.column += 1
-            position = position + 1
+            # Finished rows that still stand in the slab may be past the context: what they read does not matter.
+            position = (position + 1).clamp(max=policy.context - 1)
             logits = policy.project(hidden[:, -1]).float()
-    if advance is not None:
-        advance(sum(not d.ended for d in drawn))
 
 
 def slow(
@@ -337,8 +385,9 @@ def agrees(policy: Policy) -> bool:
             whole = [policy.model(input_ids=torch.tensor([p + f], device=policy.device), use_cache=False).logits[0].float()
                      for p, f in zip(prefixes, following, strict=True)]  # fmt: skip
             slab, source = _slab_for(policy), torch.arange(len(prefixes), device=policy.device)
+            whole_prefixes = [Fork(i, len(p), len(following[0])) for i, p in enumerate(prefixes)]
             with _slab_attention(policy, slab):
-                last, position = _read(policy, prefixes, source, len(following[0]), slab)
+                last, position = _read(policy, prefixes, whole_prefixes, source, len(following[0]), slab)
                 seen = [policy.project(last).float()]
                 for t in range(len(following[0])):
                     token = torch.tensor([[f[t]] for f in following], device=policy.device)

@@ -68,7 +68,7 @@ class Critic:
 
     def states(self, batch: Batch) -> Float[Tensor, "B L D"]:
         """What the head reads, aligned with the state *before* each token: `states[b, t]` has read `tokens[b, :t]`."""
-        hidden = pooled(self.backbone.hidden(batch.tokens), self.pool)
+        hidden = pooled(self.backbone.hidden(batch.tokens, batch.read), self.pool)
         return torch.cat([torch.zeros_like(hidden[:, :1]), hidden[:, :-1]], dim=1)
 
     def value(self, states: Float[Tensor, "B L D"], batch: Batch) -> Float[Tensor, "B L"]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tokenmdp.functional import kl
 from tokenmdp.models import decode
 from tokenmdp.models.backbone import Backbone
+from tokenmdp.models.decode import Drawn
+from tokenmdp.models.parts import in_parts
 from tokenmdp.models.sampling import Sampling
-from tokenmdp.types import Batch, Prompt
+from tokenmdp.types import Batch, Prompt, Read
 
 _LOGIT_ROWS = 512  # positions projected to the vocabulary at a time: 512 x 49,152 float32 logits are 100 MB
 
@@ -172,12 +175,7 @@ class Policy:
                     f"exceeds the context of {self.name}, {self.context}: shorten one or the other"
                 )
         uniform = torch.rand((len(prompts) * n, sampling.max_new_tokens), generator=rng, dtype=torch.float64)
-        if self._slab is None:
-            self._slab = decode.agrees(self)
-            self.paths["rollouts"] = (
-                "KV slab, shared prefill" if self._slab else "full forward pass at every token (slow, always right)"
-            )
-        engine = decode.fast if self._slab else decode.slow
+        engine = self.engine()
         with torch.inference_mode(), self.backbone.autocast(), self.backbone.converted():
             drawn = engine(self, [p.ids for p in prompts], n, uniform.to(self.device), sampling, advance)
         rows = [p for p in prompts for _ in range(n)]
@@ -190,6 +188,37 @@ class Policy:
             logp_mu=[d.logp for d in drawn],
             pad=self.eos_ids[0],
         ).to(self.device)
+
+    def engine(self) -> Callable[..., list[Drawn]]:
+        """The rollout engine that is right for this model."""
+        if self._slab is None:
+            self._slab = decode.agrees(self)
+            self.paths["rollouts"] = (
+                "KV slab, shared prefill" if self._slab else "full forward pass at every token (slow, always right)"
+            )
+        return decode.fast if self._slab else decode.slow
+
+    def read(self, batch: Batch) -> Batch:
+        """The same batch with what this policy's frozen first blocks make of it, where it has any.
+
+        Every model that shares those blocks (the reference, a reward model or critic on the same body) then starts
+        where they end, and so does every update on this batch. The results are the same.
+        """
+        if self.backbone.frozen_blocks() == 0 or not self.backbone.divisible():
+            self.paths["frozen blocks"] = "none to share"
+            return batch
+        path: list[tuple[object, ...]] = []
+
+        def states(part: Batch) -> dict[str, Tensor]:
+            found = self.backbone.read(part.tokens)
+            assert found is not None
+            path.append(found.path)
+            return {"states": found.states}
+
+        with self.backbone.converted():
+            known = in_parts(states, batch)["states"]
+        self.paths["frozen blocks"] = f"the first {path[0][0]} read once a batch, for all roles"
+        return replace(batch, read=Read(known, path[0]))
 
     def evaluate(
         self, batch: Batch, want: Sequence[str] = ("logp",), temperature: float = 1.0
@@ -260,9 +289,9 @@ class Policy:
                 "action positions only" if self._linear_head else "all positions (the model alters its logits)"
             )
         if self._linear_head:
-            states = self.backbone.hidden(batch.tokens)[rows, at - 1]
+            states = self.backbone.hidden(batch.tokens, batch.read)[rows, at - 1]
         else:
-            with self.backbone.autocast():
+            with self.backbone.autocast(), self.backbone.given(batch.read):
                 states = self.model(input_ids=batch.tokens, use_cache=False).logits[rows, at - 1]
         for start in range(0, len(rows), _LOGIT_ROWS):
             piece = slice(start, min(start + _LOGIT_ROWS, len(rows)))

@@ -30,11 +30,11 @@ SETTING = "rl"
 class Config:
     model: str = "smollm2-135m-instruct"  # a name, a folder or a hub id
     reward: str = "sentiment"  # a reward model's folder, a name, file.py:function, or a mixture "0.5*a + b"
-    task: str = "sentiment"  # prompts: a task's name, a file or a hub id; its held-out prompts are answered
+    task: str = "sentiment"  # prompts: a task's name, a file or a hub id; its held-out prompts are answered first
     prompts: int = 64  # prompts answered
     n: int = 8  # responses drawn a prompt
     max_new_tokens: int = 24  # the horizon H, in tokens
-    temperature: float = 1.0
+    temperature: float = 1.0  # of sampling
     chunk: int = 16  # prompts answered between checkpoints
 
 
@@ -126,5 +126,5 @@ def main(cfg: Config, run: Run) -> dict[str, object]:
     policy = catalog.load(cfg.model).freeze()
     reward = rewards.load(cfg.reward, policy)
     task = tasks.load(cfg.task, policy)
-    prompts = list(task.held_out or task.train)[: cfg.prompts]
+    prompts = [*task.held_out, *task.train][: cfg.prompts]
     return train(cfg, policy, prompts, reward, run)

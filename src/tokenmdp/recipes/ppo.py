@@ -63,9 +63,7 @@ class Config:
     truncation: float = 0.0  # reward units taken off a response that did not end by itself
     credit: str = "last"  # which tokens earn the score (see `rewards.assign`)
     train: str = "all"  # what of the policy trains: all | top-N blocks | lora-R rank
-    critic_train: str = (
-        "head"  # what of the critic's body trains besides its head: head (nothing) | all | top-N | lora-R
-    )
+    critic_train: str = "head"  # what of the critic trains besides its head: head (nothing) | all | top-N | lora-R
     micro_tokens: int = 2048  # padded positions in a micro-batch; changes memory, never the gradient
 
 
@@ -105,7 +103,7 @@ def train(
     valuer = Learner(critic, cfg.critic_learning_rate, tokens=cfg.micro_tokens)
     beta = KLCoefficient(cfg.kl, cfg.kl_target)
     sampling = Sampling(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature)
-    scheme = assign.load(cfg.credit, reward, reference)
+    scheme = assign.load(cfg.credit, reward, reference, sampling)
     run.note(f"reference {reference.name} {reference.fingerprint()}; policy starts as {policy.fingerprint()}")
 
     def evaluate(model: Policy, batch: Batch, *want: str) -> dict[str, Tensor]:
@@ -127,7 +125,7 @@ def train(
 
     for step in run.steps(cfg.steps, actor, valuer, beta, title="PPO"):
         # 1. Roll out on the known dynamics.
-        b = policy.sample(task.draw(cfg.prompts, run.rng), cfg.samples, sampling, run.rng)
+        b = policy.read(policy.sample(task.draw(cfg.prompts, run.rng), cfg.samples, sampling, run.rng))
         score = reward(b)
         rows = score.verdict
 
@@ -173,6 +171,7 @@ def train(
             "completions/mean_length": float(b.action.sum(-1).float().mean()),
             "completions/clipped_ratio": float((~b.ended).float().mean()),
             "num_tokens": float(b.action.sum()),
+            "num_tokens_credit": float(scheme.drawn),
             "no_verdict": float((~rows).sum()),
             **sampler_difference(b, logp_old),
         }

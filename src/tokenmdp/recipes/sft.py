@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tokenmdp import tasks
 from tokenmdp.functional import imitation, weights
 from tokenmdp.learner import Learner
 from tokenmdp.models import catalog
@@ -34,6 +35,7 @@ SETTING = "imitation"
 class Config:
     model: str = "smollm2-135m-instruct"  # a name, a folder or a hub id
     data: str = "demonstrations.jsonl"  # text | messages | prompt, completion: a file or a hub id
+    task: str = ""  # a task's name, as in `arithmetic`: its own demonstrations are cloned, as they are, and not `data`
     steps: int = 100  # optimiser steps
     rows: int = 16  # demonstrations a step
     learning_rate: float = 5e-5  # highest; decays linearly to 0
@@ -44,6 +46,14 @@ class Config:
     held_out: float = 0.05  # share of the demonstrations never trained on
     evaluate_every: int = 20  # steps between measurements of the held-out loss
     micro_tokens: int = 2048  # padded positions in a micro-batch; changes memory, never the gradient
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.rows, self.evaluate_every) < 1:
+            raise ValueError(
+                f"steps={self.steps}, rows={self.rows}, evaluate_every={self.evaluate_every}: each is a count, at least 1"
+            )
+        if self.weight not in ("per_token", "per_sequence"):
+            raise ValueError(f"weight is {self.weight!r}; it must be per_token or per_sequence")
 
 
 def train(
@@ -83,7 +93,10 @@ def held_out_nll(policy: Policy, batch: Batch) -> float:
 def main(cfg: Config, run: Run) -> dict[str, object]:
     """Load the model and the demonstrations, train, save the policy to `model/` in the run folder."""
     start = catalog.load(cfg.model)
-    everything = data.demonstrations(data.rows(cfg.data), start, cfg.max_tokens)
+    everything = tasks.load(cfg.task, start).demonstrations if cfg.task else None
+    if cfg.task and everything is None:
+        raise ValueError(f"the task {cfg.task} has no demonstrations to clone: give a file with some by --data")
+    everything = everything or data.demonstrations(data.rows(cfg.data), start, cfg.max_tokens)
     learned, kept = split(everything, cfg.held_out, run.rng)
     run.note(f"{len(learned)} demonstrations, {len(kept)} held out; start {start.name} {start.fingerprint()}")
     policy, figures = train(cfg, start, learned, kept, run)

@@ -69,7 +69,9 @@ class FunctionReward:
     Args:
         function: a callable, or `path/to/file.py:function`.
         name: for logs; the function's own name if not given.
-        timeout_seconds: how long one call may take. A batch that takes longer is judged row by row.
+        timeout_seconds: how long one call may take, be it for a batch or for a row. A batch that takes longer is judged
+            row by row, and each row then has this time for itself: it is the limit of an item, and one that hangs loses
+            its own verdict only.
         max_missing: the largest share of a batch that may lack a verdict, in [0, 1].
 
     Attributes:

@@ -1,7 +1,8 @@
 """Tasks: where episodes start, and what is known about the right answer.
 
 A task is a file in this folder with a function `load(policy, **options) -> Task`; the command line finds it by its
-name. A path or a hub id is the task `prompts` on that source.
+name. A path or a hub id is the task `prompts` on that source. What follows a colon is the task's first option:
+`addition:1-3`, `arithmetic:problems.jsonl`, `reasoning_gym:countdown`.
 """
 
 from __future__ import annotations
@@ -83,23 +84,30 @@ def names() -> list[str]:
 def load(spec: str | Path, policy: Policy, **options: Any) -> Task:
     """The task called `spec`, or the prompts in the file or hub data set `spec`, in the tokens of `policy`.
 
+    Args:
+        spec: a task's name, `name:value` with a value for its first option, or a source of prompts.
+        options: of the task.
+
     Raises:
         ValueError: no such task or file, or an option the task does not have, each with a suggestion; or what the task
             itself raises.
     """
-    if str(spec) in names():
-        module = importlib.import_module(f"{__name__}.{spec}")
+    name, colon, first = str(spec).partition(":")
+    if name in names():
+        module = importlib.import_module(f"{__name__}.{name}")
     elif Path(spec).expanduser().exists() or "/" in str(spec) or "." in str(spec):
         module = importlib.import_module(f"{__name__}.prompts")
         options = {"source": spec, **options}
     else:
-        near = difflib.get_close_matches(str(spec), names(), n=1)
-        guess = f"did you mean {near[0]}? " if near else ""
+        near = difflib.get_close_matches(name, names(), n=1)
+        guess = f"did you mean {near[0] + colon + first}? " if near else ""
         raise ValueError(
             f"there is no task {str(spec)!r}: {guess}a task is one of {', '.join(names())}, a data file or a hub id "
             "owner/name"
         )
-    known = [name for name in inspect.signature(module.load).parameters if name != "policy"]
+    known = [option for option in inspect.signature(module.load).parameters if option != "policy"]
+    if name in names() and colon:
+        options = {known[0]: int(first) if first.isdecimal() else first, **options}
     for option in options:
         if option not in known:
             near = difflib.get_close_matches(option, known, n=1)

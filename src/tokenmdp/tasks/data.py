@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
 import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
 
 from tokenmdp.models.policy import Policy
 from tokenmdp.tasks import formats
@@ -196,13 +198,59 @@ def demonstrations(rows: Sequence[Mapping[str, Any]], policy: Policy, max_tokens
     return _batch(rows, formats.demonstration, policy, max_tokens)
 
 
-def labelled(rows: Sequence[Mapping[str, Any]], policy: Policy, max_tokens: int | None = None) -> Batch:
-    """As `demonstrations`, of completions that were found good or bad: `prompts[i].columns["label"]` is a bool.
+def labelled(
+    rows: Sequence[Mapping[str, Any]], policy: Policy, max_tokens: int | None = None
+) -> tuple[Batch, Bool[Tensor, "B"]]:
+    """As `demonstrations`, of completions that were found good or bad; with them [B] labels, True for good.
 
     Raises:
-        ValueError: as `demonstrations`.
+        ValueError: as `demonstrations`; or a label that is neither true nor false.
     """
-    return _batch(rows, formats.labelled, policy, max_tokens)
+    batch = _batch(rows, formats.labelled, policy, max_tokens)
+    return batch, torch.tensor([bool(p.columns["label"]) for p in batch.prompts])
+
+
+def logged(
+    rows: Sequence[Mapping[str, Any]], policy: Policy, max_tokens: int | None = None
+) -> tuple[Batch, Float[Tensor, "B"]]:
+    """As `demonstrations`, of completions that were given a reward; with them [B] rewards, in reward units.
+
+    Raises:
+        ValueError: as `demonstrations`; or a reward that is missing or not a finite number.
+    """
+    batch = _batch(rows, formats.logged, policy, max_tokens)
+    return batch, torch.tensor([float(p.columns["reward"]) for p in batch.prompts])
+
+
+def stepwise(
+    rows: Sequence[Mapping[str, Any]], policy: Policy, max_tokens: int | None = None, separator: str = "\n"
+) -> tuple[Batch, Float[Tensor, "B L"], Bool[Tensor, "B L"]]:
+    """Answers in steps, each found right or wrong: the steps in order, then the end-of-text token.
+
+    Args:
+        max_tokens: longer answers are cut there; steps whose last token is cut off have no label.
+        separator: written after every step but the last, and part of it: a step ends where the next one begins.
+
+    Returns:
+        The answers; 1 for right and 0 for wrong at the last token of each step, 0 elsewhere; and where those tokens
+        are.
+
+    Raises:
+        ValueError: as `demonstrations`; or steps and labels that do not fit each other.
+    """
+    _some(rows)
+    built, marks = _Rows(policy, max_tokens), []
+    for index, row in enumerate(rows):
+        found = formats.stepwise(row, index)
+        prompt = policy.prompt(found.prompt, index, found.columns)
+        ends = built.add_steps(prompt, [*(step + separator for step in found.steps[:-1]), found.steps[-1]])
+        marks += [(index, len(prompt.ids) + end, right) for end, right in zip(ends, found.labels, strict=True)]
+    batch = built.batch()
+    label, where = torch.zeros(batch.tokens.shape), torch.zeros_like(batch.action)
+    for row_at, at, right in marks:
+        if at < int(batch.length[row_at]):
+            label[row_at, at], where[row_at, at] = float(right), True
+    return batch, label, where
 
 
 def pairs(rows: Sequence[Mapping[str, Any]], policy: Policy, max_tokens: int | None = None) -> Pairs:
@@ -223,6 +271,25 @@ def pairs(rows: Sequence[Mapping[str, Any]], policy: Policy, max_tokens: int | N
         rejected.add(prompt, found.prompt, found.rejected)
         margins.append(found.margin)
     return Pairs(chosen.batch(), rejected.batch(), torch.tensor(margins))
+
+
+def distinct(pairs: Pairs) -> tuple[Pairs, int]:
+    """The pairs whose sides differ, and how many had two equal sides: between equal responses nothing is preferred.
+
+    Raises:
+        ValueError: when no pair is left.
+    """
+    sides = zip(_responses(pairs.chosen), _responses(pairs.rejected), strict=True)
+    differ = [i for i, (chosen, rejected) in enumerate(sides) if chosen != rejected]
+    if not differ:
+        raise ValueError(
+            f"in all {len(pairs)} pairs chosen and rejected are the same response: there is no preference to learn from"
+        )
+    return pairs.select(differ), len(pairs) - len(differ)
+
+
+def _responses(batch: Batch) -> list[list[int]]:
+    return [tokens[chosen].tolist() for tokens, chosen in zip(batch.tokens, batch.action, strict=True)]
 
 
 def _batch(
@@ -282,6 +349,21 @@ class _Rows:
             Prompt(tuple(first), self.policy.decode(first), row, dict(columns)), [*ids[1:], self.policy.eos_ids[0]]
         )
 
+    def add_steps(self, prompt: Prompt, steps: Sequence[str]) -> list[int]:
+        """Add a reply written step by step; returns where in the reply each step's last token is."""
+        ids: list[int] = []
+        ends, text = [], ""
+        for step in steps:
+            so_far = Prompt((*prompt.ids, *ids), prompt.text + text, prompt.row)
+            written = self._after(so_far, step)
+            if not written:
+                raise ValueError(f"row {prompt.row}: step {step!r} has no tokens to carry its label: drop the step")
+            ids += written
+            text += step
+            ends.append(len(ids) - 1)
+        self._append(prompt, [*ids, self.policy.eos_ids[0]])
+        return ends
+
     def _after(self, prompt: Prompt, text: str) -> list[int]:
         """The tokens of a text after a prompt: as both are written together, if the prompt's tokens stay the same."""
         together = self.policy.encode(prompt.text + text)
@@ -316,17 +398,20 @@ def _some(rows: Sequence[Mapping[str, Any]]) -> None:
 Part = TypeVar("Part", Batch, Pairs)
 
 
-def split(data: Part, share: float, rng: torch.Generator) -> tuple[Part, Part]:
+def split(data: Part, share: float, rng: torch.Generator, by_prompt: bool = False) -> tuple[Part, Part]:
     """Two disjoint parts at random, in the data's order: what is learned from, and the `share` that is held out.
 
     Pairs with the same prompt stay on one side, so that a held-out comparison never has its prompt in training.
+
+    Args:
+        by_prompt: do so with the rows of a batch too; `share` is then of the prompts.
 
     Raises:
         ValueError: a share outside (0, 1), or too few rows for two parts.
     """
     if not 0 < share < 1:
         raise ValueError(f"the held-out share is {share}; it must lie between 0 and 1, such as 0.05")
-    keys = _keys(data)
+    keys = _keys(data, by_prompt)
     distinct = list(dict.fromkeys(keys))
     if len(distinct) < 2:
         raise ValueError(
@@ -339,6 +424,8 @@ def split(data: Part, share: float, rng: torch.Generator) -> tuple[Part, Part]:
     return data.select(learned), data.select(kept)
 
 
-def _keys(data: Batch | Pairs) -> list[tuple[int, ...]]:
+def _keys(data: Batch | Pairs, by_prompt: bool) -> list[tuple[int, ...]]:
     """What stays together: pairs, by their prompt. Rows of text may share a one-token state, which is no leak."""
-    return [p.ids for p in data.chosen.prompts] if isinstance(data, Pairs) else [(i,) for i in range(len(data))]
+    if isinstance(data, Pairs):
+        data, by_prompt = data.chosen, True
+    return [p.ids for p in data.prompts] if by_prompt else [(i,) for i in range(len(data))]

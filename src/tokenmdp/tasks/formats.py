@@ -4,6 +4,8 @@
     prompts           prompt | question | query | messages | chosen, rejected
     preferences       prompt, chosen, rejected | chosen, rejected           (two chats, or two hh-rlhf transcripts)
     labelled          prompt, completion, label
+    logged            prompt, completion, reward
+    stepwise          prompt, completions, labels                           (a label a step)
 
 A prompt, a completion, chosen and rejected are strings or lists of chat messages `{"role": ..., "content": ...}`. A
 column that is null counts as absent. Nothing here knows a tokenizer: see `data` for that.
@@ -48,6 +50,23 @@ class Preference:
     chosen: Content
     rejected: Content
     margin: float
+    columns: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """An answer written in steps, each found right or wrong.
+
+    Attributes:
+        prompt: what was asked.
+        steps: the answer's parts in order, at least one, as text.
+        labels: one a step, True for right.
+        columns: the row's other columns.
+    """
+
+    prompt: Content
+    steps: tuple[str, ...]
+    labels: tuple[bool, ...]
     columns: Mapping[str, Any]
 
 
@@ -141,11 +160,55 @@ def labelled(row: Mapping[str, Any], index: int) -> Demonstration:
     """
     if not _has(row, "prompt", "completion", "label"):
         raise _missing(row, index, "a labelled completion", "prompt, completion, label")
-    word = str(row["label"]).strip().lower()
-    if word not in _TRUE | _FALSE:
-        raise ValueError(f"row {index}: label is {row['label']!r}; it must be true or false, 1 or 0")
+    label = _label(row["label"], "label", index)
     found = demonstration(row, index)
-    return Demonstration(found.prompt, found.completion, {**found.columns, "label": word in _TRUE})
+    return Demonstration(found.prompt, found.completion, {**found.columns, "label": label})
+
+
+def logged(row: Mapping[str, Any], index: int) -> Demonstration:
+    """A row with a completion and the reward it was given; `columns["reward"]` of the result is a finite float.
+
+    Raises:
+        ValueError: naming the row, what it has and what is needed; a row without a reward is no logged one.
+    """
+    if not _has(row, "prompt", "completion", "reward"):
+        raise _missing(row, index, "a logged completion", "prompt, completion, reward")
+    reward = _number(row["reward"], "reward", index)
+    found = demonstration(row, index)
+    return Demonstration(found.prompt, found.completion, {**found.columns, "reward": reward})
+
+
+def stepwise(row: Mapping[str, Any], index: int) -> Steps:
+    """A row with an answer in steps and a label for each.
+
+    Raises:
+        ValueError: naming the row and the step: no steps, an empty one, one that is not text, a label that is neither
+            true nor false, or not as many labels as steps.
+    """
+    if not _has(row, "prompt", "completions", "labels"):
+        raise _missing(row, index, "an answer in steps", "prompt, completions, labels")
+    steps, labels = row["completions"], row["labels"]
+    for column, value in (("completions", steps), ("labels", labels)):
+        if not isinstance(value, list) or not value:
+            raise ValueError(f"row {index}: {column} is {value!r:.60}; it must be a list with one entry a step")
+    if len(steps) != len(labels):
+        raise ValueError(f"row {index}: {len(steps)} completions and {len(labels)} labels; each step needs one label")
+    for at, step in enumerate(steps):
+        if not isinstance(step, str) or not step:
+            raise ValueError(f"row {index}: step {at} of completions is {step!r:.60}; a step is text, and not empty")
+    return Steps(
+        _content(row, "prompt", index),
+        tuple(steps),
+        tuple(_label(label, f"label {at} of labels", index) for at, label in enumerate(labels)),
+        _rest(row, "prompt", "completions", "labels"),
+    )
+
+
+def _label(value: Any, what: str, index: int) -> bool:
+    word = str(value).strip().lower()
+    if word not in _TRUE | _FALSE:
+        raise ValueError(f"row {index}: {what} is {value!r}; it must be true or false, 1 or 0")
+    return word in _TRUE
 
 
 def _transcripts(chosen: str, rejected: str, index: int) -> tuple[str, str, str]:
@@ -167,16 +230,17 @@ def _shared(first: Sequence[Any], second: Sequence[Any]) -> int:
 
 
 def _margin(row: Mapping[str, Any], index: int) -> float:
-    value = row.get("margin")
-    if value is None:
-        return 0.0
+    return 0.0 if row.get("margin") is None else _number(row["margin"], "margin", index)
+
+
+def _number(value: Any, column: str, index: int) -> float:
     try:
-        margin = float(value)
+        number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
-        margin = math.nan
-    if not math.isfinite(margin):
-        raise ValueError(f"row {index}: margin is {value!r}; it must be a finite number of reward units")
-    return margin
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"row {index}: {column} is {value!r}; it must be a finite number of reward units")
+    return number
 
 
 def _reply(value: Content, column: str, asked: Content, index: int) -> Content:

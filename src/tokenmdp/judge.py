@@ -1,0 +1,93 @@
+"""What training gained, judged where it did not train: the start and the trained policy side by side on held-out prompts.
+
+    gain = E_prompts [ E score(y ~ π) − E score(y ~ π_start) ],      paired by prompt
+    KL   = E Σ_t KL( π(· | s_t) ‖ π_start(· | s_t) ),                exact at every state visited, nats a response
+
+Both policies answer the same prompts. Intervals resample prompts, not responses: responses to one prompt are no
+independent evidence about the next prompt.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenmdp import stats
+from tokenmdp.models.parts import in_parts
+from tokenmdp.models.policy import Policy
+from tokenmdp.models.sampling import Sampling
+from tokenmdp.run import Run
+from tokenmdp.tasks import Task
+from tokenmdp.types import Batch, Reward, Score
+
+PROMPTS, ANSWERS, SHOWN = 64, 4, 8
+
+
+def held_out(
+    start: Policy, trained: Policy, reward: Reward, task: Task, sampling: Sampling, run: Run
+) -> dict[str, object]:
+    """Answer the task's held-out prompts with both policies; the first responses go to samples.jsonl.
+
+    At most 64 prompts are asked, with 4 responses each. A prompt counts if each policy got a verdict on it.
+
+    Args:
+        reward: what trained the policy, or better one that did not.
+        sampling: as in training.
+
+    Returns:
+        `held_out`: the number of prompts, scores of start and trained, their paired difference with its 95 % interval,
+        the KL in nats a response, and the share of clipped responses. Where the task holds nothing out, or no prompt
+        got verdicts, that is said in place of figures.
+    """
+    prompts = list(task.held_out)[:PROMPTS]
+    if not prompts:
+        return {"held_out": f"the task {task.name} holds no prompts out: nothing to judge on"}
+    with run.progress(2 * ANSWERS * len(prompts), "judging on held-out prompts", "responses") as bar:
+        answers = [policy.sample(prompts, ANSWERS, sampling, run.rng, bar.advance) for policy in (start, trained)]
+    scores = [reward(b) for b in answers]
+    for arm, b, score in zip(("start", "trained"), answers, scores, strict=True):
+        for row in range(0, min(len(b), SHOWN * ANSWERS), ANSWERS):
+            run.append("samples.jsonl", _line(arm, b, row, score))
+    (before, seen_before), (after, seen_after) = (_by_prompt(score) for score in scores)
+    both = seen_before & seen_after
+    if not both.any():
+        return {"held_out": f"{reward.name} gave no verdict on any of the {len(prompts)} held-out prompts"}
+    divergence = in_parts(lambda part: {"kl": trained.kl_to(start, part)}, answers[1])["kl"]
+    nats = divergence.sum(-1).double().cpu().numpy().reshape(-1, ANSWERS).mean(1)
+    return {
+        "held_out": {
+            "prompts": int(both.sum()),
+            "score_start": _interval(before[both]),
+            "score_trained": _interval(after[both]),
+            "trained_minus_start": _interval(after[both] - before[both]),
+            "kl_nats": _interval(nats),
+            "clipped_ratio": float((~answers[1].ended).double().mean()),
+        }
+    }
+
+
+def _interval(values: np.ndarray[Any, Any]) -> dict[str, float]:
+    """Mean and 95 % interval over prompts; the mean alone where prompts do not differ and resampling says nothing."""
+    if len(values) < 2 or np.ptp(values) == 0:
+        return {"mean": float(values.mean()), "n": len(values)}
+    return stats.bootstrap_mean(values)._asdict()
+
+
+def _by_prompt(score: Score) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """The mean score of each prompt's responses, over those with a verdict, and which prompts have any."""
+
+    def shaped(x: Tensor) -> Tensor:
+        return x.double().cpu().view(-1, ANSWERS)
+
+    count = shaped(score.verdict).sum(1)
+    total = shaped(torch.where(score.verdict, score.value, torch.zeros_like(score.value))).sum(1)
+    return (total / count.clamp(min=1)).numpy(), (count > 0).numpy()
+
+
+def _line(arm: str, b: Batch, row: int, score: Score) -> dict[str, Any]:
+    p = b.prompts[row]
+    proxy = float(score.value[row]) if bool(score.verdict[row]) else None
+    return {"prompt": p.text, "arm": arm, "row": p.row, "text": b.texts[row], "ended": bool(b.ended[row]), "proxy": proxy}

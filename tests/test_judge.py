@@ -1,0 +1,64 @@
+"""The figures every online run ends with: paired by prompt, from prompts it never learned from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tiny_recipes import LIKED, liking, policy, task
+from tokenmdp import judge
+from tokenmdp.models.policy import Policy
+from tokenmdp.models.sampling import Sampling
+from tokenmdp.rewards.function import FunctionReward
+from tokenmdp.run import Run
+
+SAMPLING = Sampling(max_new_tokens=5)
+
+
+def better() -> Policy:
+    """A policy that says the liked word more often than the start: its output row is longer."""
+    other = policy().twin("all")
+    with torch.no_grad():
+        other.model.get_output_embeddings().weight[LIKED] *= 6
+    return other.freeze()
+
+
+def judged(folder: Path, trained: Policy, reward: Any = None) -> Any:
+    with Run.open(folder, config={}, seed=0) as run:
+        return judge.held_out(policy().freeze(), trained, reward or liking(), task(), SAMPLING, run)["held_out"]
+
+
+def test_a_policy_beside_itself_has_gained_nothing_and_has_no_kl(tmp_path: Path) -> None:
+    found = judged(tmp_path / "run", policy().freeze())
+    gain = found["trained_minus_start"]
+    assert gain["low"] <= 0 <= gain["high"]
+    assert found["kl_nats"] == {"mean": pytest.approx(0, abs=1e-9), "n": 5}, "no spread, no interval"
+    assert found["prompts"] == 5
+
+
+def test_a_changed_policy_has_kl_and_its_responses_are_kept(tmp_path: Path) -> None:
+    found = judged(tmp_path / "run", better())
+    assert found["kl_nats"]["low"] > 0
+    lines = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
+    assert [line["arm"] for line in lines] == ["start"] * 5 + ["trained"] * 5
+    assert {line["row"] for line in lines} == {p.row for p in task().held_out}
+
+
+def test_rows_without_a_verdict_leave_the_means(tmp_path: Path) -> None:
+    """Every second response of a prompt has no verdict, the others score 1: the mean is 1, not one half."""
+    reward = FunctionReward(lambda completions, **_: [None, 1.0] * (len(completions) // 2), name="half", max_missing=1.0)
+    found = judged(tmp_path / "run", policy().freeze(), reward)
+    assert found["score_start"]["mean"] == found["score_trained"]["mean"] == 1.0
+    none = FunctionReward(lambda completions, **_: [None] * len(completions), name="none", max_missing=1.0)
+    assert "no verdict" in judged(tmp_path / "none", policy().freeze(), none)
+
+
+def test_without_held_out_prompts_that_is_said(tmp_path: Path) -> None:
+    with Run.open(tmp_path / "run", config={}, seed=0) as run:
+        found = judge.held_out(policy(), policy(), liking(), replace(task(), held_out=()), SAMPLING, run)
+    assert "holds no prompts out" in str(found["held_out"])
