@@ -33,7 +33,7 @@ SUMMARY: dict[str, Any] = {
 def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Imports a bench as running its file does: its folder comes first."""
     monkeypatch.syspath_prepend(BENCH)
-    names = ("common", "rollout", "learner", "demo")
+    names = ("common", "rollout", "learner", "demo", "oracle", "oracle_page")
     yield importlib.import_module
     for name in names:  # such plain names must not stay behind for other tests
         sys.modules.pop(name, None)
@@ -70,6 +70,20 @@ def test_learner_bench_writes_its_rows(bench: Any, tmp_path: Path) -> None:
     assert all(row["tokens_per_s"] > 0 for name, row in found.items() if name != "_meta")
     assert [name.split(",")[1].strip() for name in found if name != "_meta"] == ["train=all", "train=top-1"] * 2
     check_rows(found, "GFLOP/s")
+
+
+def test_oracle_bench_finds_what_is_known_and_writes_its_page(bench: Any, tmp_path: Path) -> None:
+    file, page = tmp_path / "results" / "oracle.json", tmp_path / "estimators.md"
+    bench("oracle").main(["--quick", "--json", str(file)])
+    found = json.loads(file.read_text())
+    on_policy = found["tables"]["on_policy"]
+    assert on_policy["leave one out (RLOO)"]["bias"]["median"] == 0
+    assert on_policy["group mean (Dr. GRPO)"]["bias"]["median"] == 0.5, "groups of two"
+    assert on_policy["group mean and spread (GRPO)"]["off"]["median"] > 0.01
+    assert found["tables"]["stale"]["1 update: ratio of the response"]["bias"]["median"] == 0
+    text = page.read_text()
+    assert found["command"] in text
+    assert all(f"| {row} |" in text for table in found["tables"].values() for row in table)
 
 
 def test_quick_means_fewer_runs_unless_a_number_is_given(bench: Any) -> None:

@@ -120,3 +120,108 @@ def test_shapes_are_what_the_signatures_say() -> None:
     assert loss.shape == clipped.shape == (2, 3)
     with pytest.raises(TypeCheckError):
         ppo(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2, 1))
+
+
+# -- one ratio a response, bounded weights -------------------------------------------------------------------------------
+
+
+def grouped(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """logp, logp_old, advantage, action of three responses of 4, 2 and 3 tokens after one token of prefix."""
+    draw = torch.Generator().manual_seed(seed)
+    action = torch.arange(5) < torch.tensor([5, 3, 4])[:, None]
+    action[:, 0] = False
+    logp, old = (-torch.rand(3, 5, generator=draw, dtype=F64) * action for _ in range(2))
+    advantage = torch.where(action, torch.randn(3, 1, generator=draw, dtype=F64).expand(3, 5), 0.0)
+    return logp.requires_grad_(), old, advantage, action
+
+
+def test_gspo_by_hand() -> None:
+    # Row 0: ratios 2 and ½, mean log 0, so s = 1 on both tokens. Row 1: ratios 4 and 1, s = sqrt(4 · 1) = 2; row 2: s = ½.
+    # ε = 0.5: A = 1 is held at 1.5 in row 1; A = −1 is held at ½ only below it, and row 2 lies on the bound.
+    ratio = torch.tensor([[2.0, 0.5], [4.0, 1.0], [0.25, 1.0]], dtype=F64)
+    logp, action = ratio.log().requires_grad_(), torch.ones(3, 2, dtype=torch.bool)
+    advantage = torch.tensor([[1.0, 1.0], [1.0, 1.0], [-1.0, -1.0]], dtype=F64)
+    loss, clipped = policy_loss.gspo(logp, torch.zeros(3, 2, dtype=F64), advantage, action, 0.5)
+    torch.testing.assert_close(loss, torch.tensor([[-1.0, -1.0], [-1.5, -1.5], [0.5, 0.5]], dtype=F64))
+    assert clipped.tolist() == [[False, False], [True, True], [False, False]]
+    loss.sum().backward()
+    # each token's gradient is −s A, whatever its own ratio; none where clipped
+    torch.testing.assert_close(logp.grad, torch.tensor([[-1.0, -1.0], [0.0, 0.0], [0.5, 0.5]], dtype=F64))
+
+
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_gspos_token_form_has_the_value_and_gradient_of_the_responses_own_surrogate(clip: float | None) -> None:
+    """Under weights 1/(N |y|), Zheng et al. 2025: section 4.3 against eq. 5, written out."""
+    logp, old, advantage, action = grouped()
+    length = action.sum(1, keepdim=True)
+    loss, clipped = policy_loss.gspo(logp, old, advantage, action, clip)
+    (mine,) = torch.autograd.grad((loss / (3 * length)).sum(), logp)
+    ratio = (((logp - old) * action).sum(1) / length[:, 0]).exp()
+    limited = ratio if clip is None else ratio.clamp(1 - clip, 1 + clip)
+    whole = -torch.minimum(ratio * advantage[:, 1], limited * advantage[:, 1]).mean()
+    (want,) = torch.autograd.grad(whole, logp)
+    torch.testing.assert_close((loss / (3 * length)).sum(), whole)
+    torch.testing.assert_close(mine, want)
+    assert bool(clipped.any()) == (clip is not None)
+    assert not bool(loss[~action].any())
+    assert not bool(clipped[~action].any())
+
+
+def test_cispo_by_hand() -> None:
+    # ratios 8, 1.5, 0.1 with bounds [0.5, 5]: weights 5, 1.5, 0.5. ℓ = −w A log π, gradient −w A
+    old = vector(-3.0, -2.0, -1.0)
+    logp = (old + vector(8.0, 1.5, 0.1).log()).requires_grad_()
+    advantage = vector(1.0, -2.0, 1.0)
+    loss, clipped = policy_loss.cispo(logp, old, advantage, 0.5, 4.0)
+    torch.testing.assert_close(loss, -vector(5.0, 1.5, 0.5) * advantage * logp.detach())
+    assert clipped.tolist() == [True, False, True]
+    loss.sum().backward()
+    torch.testing.assert_close(logp.grad, vector(-5.0, 3.0, -0.5))
+    # without bounds, and with the upper one alone
+    assert not policy_loss.cispo(logp, old, advantage, None, None)[1].any()
+    assert policy_loss.cispo(logp, old, advantage)[1].tolist() == [True, False, False]
+
+
+def test_at_ratio_one_gspo_and_cispo_have_reinforces_gradient() -> None:
+    logp, _, advantage, action = grouped()
+    (want,) = torch.autograd.grad(policy_loss.reinforce(logp, advantage).sum(), logp)
+    for loss, clipped in (
+        policy_loss.gspo(logp, logp.detach(), advantage, action),
+        policy_loss.cispo(logp, logp.detach(), advantage),
+    ):
+        torch.testing.assert_close(torch.autograd.grad(loss.sum(), logp)[0], want)
+        assert not clipped.any()
+
+
+def test_inside_its_range_cispo_has_the_gradient_of_the_unclipped_ratio() -> None:
+    logp, old, advantage, _ = grouped()
+    (mine,) = torch.autograd.grad(policy_loss.cispo(logp, old, advantage, None, 100.0)[0].sum(), logp)
+    (want,) = torch.autograd.grad(policy_loss.ppo_clip(logp, old, advantage, None)[0].sum(), logp)
+    torch.testing.assert_close(mine, want)
+
+
+@pytest.mark.parametrize(("clip", "high", "says"), [(0.0, None, "clip=0"), (0.2, -1.0, "clip_high=-1")])
+def test_ranges_are_positive(clip: float, high: float | None, says: str) -> None:
+    logp, old, advantage, action = grouped()
+    with pytest.raises(ValueError, match=says):
+        policy_loss.gspo(logp, old, advantage, action, clip, high)
+    with pytest.raises(ValueError, match=says):
+        policy_loss.cispo(logp, old, advantage, clip, high)
+
+
+def test_far_ratios_stay_finite() -> None:
+    for dtype in (torch.float32, F64):
+        logp = torch.tensor([[0.0, -500.0, 0.0]], dtype=dtype)
+        old, advantage = logp.flip(1), torch.tensor([[0.0, 1.0, -1.0]], dtype=dtype)
+        action = torch.tensor([[False, True, True]])
+        old = torch.where(action, old, 0.0)
+        for loss, _ in (
+            policy_loss.gspo(logp, old, advantage, action, None),
+            policy_loss.cispo(logp, old, advantage, None, None),
+        ):
+            assert loss.dtype == dtype
+            assert float(loss[0, 0]) == 0
+            assert bool(torch.isfinite(loss).all())
+    # a row without a single action has a mean over nothing: 0, not NaN
+    none = torch.zeros(1, 3, dtype=torch.bool)
+    assert policy_loss.gspo(torch.zeros(1, 3), torch.zeros(1, 3), torch.zeros(1, 3), none)[0].tolist() == [[0, 0, 0]]

@@ -178,3 +178,85 @@ def test_dtype_and_shapes() -> None:
             assert check(f)(s, g).dtype == dtype
     with pytest.raises(TypeCheckError):
         check(returns.gae)(torch.ones(2, 5), torch.ones(2, 4), ACTION)
+
+
+# -- spread, scale, greedy baselines, length ---------------------------------------------------------------------------------
+
+
+def test_spread_and_scale_by_hand() -> None:
+    # group 7: 1, 2, 6 around 3: (4 + 1 + 9)/2 = 7. Group 3: 10, 20: (25 + 25)/1 = 50. Group 1: alone. Group 0: equal.
+    score = torch.tensor([1.0, 10.0, 2.0, 20.0, 6.0, 5.0, 4.0, 4.0], dtype=F64)
+    group = torch.tensor([7, 3, 7, 3, 7, 1, 0, 0])
+    deviation = returns.spread(score, group)
+    want = [7**0.5, 50**0.5, 7**0.5, 50**0.5, 7**0.5, 0, 0, 0]
+    torch.testing.assert_close(deviation, torch.tensor(want, dtype=F64))
+    scaled = returns.scaled(returns.centred(score, group), deviation)
+    torch.testing.assert_close(scaled[:2], torch.tensor([-2 / 7**0.5, -5 / 50**0.5], dtype=F64))
+    assert scaled[5:].tolist() == [0, 0, 0]
+    # the same on tokens
+    tokens = returns.scaled(returns.centred(score, group)[:, None] * torch.ones(8, 3, dtype=F64), deviation)
+    torch.testing.assert_close(tokens, scaled[:, None].expand(8, 3))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 1000), st.floats(1e-6, 1e6), st.floats(-10, 10))
+def test_scaled_advantages_have_no_unit(seed: int, unit: float, shift: float) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    score, group = torch.randn(6, generator=draw, dtype=F64), torch.tensor([0, 0, 0, 1, 1, 1])
+    rows = torch.tensor([True, True, False, True, True, True])
+    plain, moved = (
+        returns.scaled(returns.centred(s, group, rows), returns.spread(s, group, rows))
+        for s in (score, unit * (score + shift))
+    )
+    torch.testing.assert_close(plain, moved, rtol=1e-6, atol=1e-6)
+    # two opposite numbers of sample variance 1; three of them
+    assert float(plain[:2].square().sum()) == pytest.approx(1)
+    assert float(plain[3:].square().sum()) == pytest.approx(2)
+    assert float(plain[2]) == 0
+
+
+def test_scores_that_differ_by_rounding_alone_do_not_vary() -> None:
+    """Two forward passes of one response: their difference, divided by itself, would be an advantage of ±0.7."""
+    for dtype in (torch.float32, F64):
+        score = torch.tensor([0.1, 0.1 * (1 + 2 * torch.finfo(dtype).eps), 5.0, 5.5], dtype=dtype)
+        group = torch.tensor([0, 0, 1, 1])
+        deviation = returns.spread(score, group)
+        assert deviation[:2].tolist() == [0, 0]
+        assert float(deviation[2]) == pytest.approx(0.5 / 2**0.5)
+        assert returns.scaled(returns.centred(score, group), deviation)[:2].tolist() == [0, 0]
+
+
+def test_equal_scores_leave_no_advantage_at_all() -> None:
+    """(8 · 0.7 − 0.7) / 7 is not 0.7 in float32, and Adam makes a full step of any remainder."""
+    for dtype in (torch.float32, F64):
+        for value in (0.7, 0.1, 1e8, 1e-8):
+            score, group = torch.full((8,), value, dtype=dtype), torch.zeros(8, dtype=torch.long)
+            for f in (returns.leave_one_out, returns.centred, returns.spread):
+                assert not f(score, group).any()
+
+
+def test_the_spread_of_a_batch_and_of_rows_with_a_verdict() -> None:
+    score = torch.tensor([1.0, NAN, 3.0, 8.0], dtype=F64)
+    rows = torch.tensor([True, False, True, True])
+    # 1, 3, 8 around 4: (9 + 1 + 16)/2 = 13; the row without a verdict has none
+    found = returns.spread(score, torch.zeros(4, dtype=torch.long), rows)
+    torch.testing.assert_close(found, torch.tensor([13**0.5, 0, 13**0.5, 13**0.5], dtype=F64))
+    assert returns.spread(score, torch.zeros(4, dtype=torch.long), ~rows).tolist() == [0, 0, 0, 0]
+
+
+def test_a_greedy_baseline_by_hand() -> None:
+    score, group = torch.tensor([1.0, 2.0, 5.0, NAN], dtype=F64), torch.tensor([0, 0, 1, 1])
+    rows = torch.tensor([True, True, True, False])
+    assert returns.against(score, group, torch.tensor([1.5, 7.0], dtype=F64), rows).tolist() == [-0.5, 0.5, -2, 0]
+    with pytest.raises(ValueError, match="one for each group"):
+        returns.against(score, group, torch.tensor([1.5], dtype=F64))
+
+
+def test_length_costs_near_the_horizon_only() -> None:
+    # H = 10, m = 4: free up to 6, then a quarter a token
+    length = torch.tensor([1, 6, 7, 9, 10])
+    assert returns.overlong(length, 10, 4).tolist() == [0, 0, -0.25, -0.75, -1]
+    assert not returns.overlong(length, 10, 0).any()
+    for margin in (-1, 11):
+        with pytest.raises(ValueError, match=f"margin={margin}"):
+            returns.overlong(length, 10, margin)

@@ -74,7 +74,7 @@ def test_it_measures_the_held_out_loss_when_it_says_so(tmp_path: Path) -> None:
     assert lines[0]["learning_rate"] == pytest.approx(cfg.learning_rate)
 
 
-def test_an_unknown_weight_is_refused(tmp_path: Path) -> None:
-    cfg, pieces = build_sft(weight="per_row")
-    with pytest.raises((ValueError, KeyError), match="per_row"), Run.open(tmp_path / "run", config={}, seed=0) as run:
-        sft.train(cfg, *pieces, run)
+@pytest.mark.parametrize(("setting", "value"), [("weight", "per_row"), ("steps", -1), ("rows", 0)])
+def test_a_setting_outside_its_range_is_refused(setting: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"{setting}.*{value}"):
+        build_sft(**{setting: value})

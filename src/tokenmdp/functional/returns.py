@@ -148,7 +148,8 @@ def centred(
         A_b = score_b − 1/G Σ_{j ∈ g(b)} score_j                     Σ over a group = 0
 
     A sample's own score is in its baseline, which shrinks the expected policy gradient by (G − 1)/G and no more: see
-    `leave_one_out`.
+    `leave_one_out`. Where a group's scores are all equal (see `spread`) the result is 0 exactly: Adam would make a
+    full step of what rounding leaves.
 
     Args:
         score, group, rows: as in `group_mean`.
@@ -159,8 +160,8 @@ def centred(
     Source: Shao et al. 2024, section 4.1.2, without the division by the standard deviation: Liu et al. 2025 (Dr.
     GRPO), section 3.2.
     """
-    rows = torch.ones_like(score, dtype=torch.bool) if rows is None else rows
-    return torch.where(rows, score, torch.zeros_like(score)) - group_mean(score, group, rows)
+    varied = spread(score, group, rows) > 0
+    return torch.where(varied, score - group_mean(score, group, rows), torch.zeros_like(score))
 
 
 def leave_one_out(
@@ -171,7 +172,8 @@ def leave_one_out(
         A_b = score_b − 1/(G − 1) Σ_{j ∈ g(b), j ≠ b} score_j        Σ over a group = 0
 
     The baseline does not depend on the sample it judges, so the policy gradient stays unbiased. A row that is alone in
-    its group has nothing to be compared with: its advantage is 0, it teaches nothing.
+    its group has nothing to be compared with: its advantage is 0, it teaches nothing; and so are those of a group whose
+    scores are all equal (see `spread`), exactly.
 
     Args:
         score, group, rows: as in `group_mean`.
@@ -182,11 +184,172 @@ def leave_one_out(
     Source: Kool, van Hoof & Welling 2019, "Buy 4 REINFORCE samples, get a baseline for free!"; Ahmadian et al. 2024
     (RLOO).
     """
-    total, count, rows = _sums(score, group, rows)
-    judged = rows & (count > 1)
-    score = torch.where(judged, score, torch.zeros_like(score))
+    total, count, _ = _sums(score, group, rows)
     others = (total - score) / (count - 1).clamp(min=1)
-    return torch.where(judged, score - others, torch.zeros_like(score))
+    varied = spread(score, group, rows) > 0
+    return torch.where(varied, score - others, torch.zeros_like(score))
+
+
+def spread(
+    score: Float[Tensor, "B"], group: Int[Tensor, "B"], rows: Bool[Tensor, "B"] | None = None
+) -> Float[Tensor, "B"]:
+    """For each row the standard deviation of its group's scores: how much there is to learn from.
+
+        σ_b = sqrt( 1/(G − 1) Σ_{j ∈ g(b)} (score_j − mean_g)² )
+
+    Exactly 0 for a group whose scores are all equal, or differ by no more than their rounding (one response scored
+    twice by a large model seldom gives the same last bit), and for a row that is alone. Give `zeros_like(group)` as
+    the group for the spread of the whole batch.
+
+    Args:
+        score, group, rows: as in `group_mean`.
+
+    Returns:
+        Reward units; zero for rows without a verdict.
+    """
+    _, count, judged = _sums(score, group, rows)
+    centre = torch.where(judged, score - group_mean(score, group, rows), torch.zeros_like(score))
+    square, _, _ = _sums(centre.square(), group, judged)
+    deviation = (square / (count - 1).clamp(min=1)).sqrt()
+    rounding = 16 * torch.finfo(score.dtype).eps * _largest(score, group, judged)
+    varied = judged & (count > 1) & (deviation > rounding)
+    return torch.where(varied, deviation, torch.zeros_like(deviation))
+
+
+def scaled(advantage: Float[Tensor, "B *S"], deviation: Float[Tensor, "B"]) -> Float[Tensor, "B *S"]:
+    """Advantages in units of the spread of the scores they came from: the group-relative advantage.
+
+        Â = (score − mean_g) / σ_g,     0 where σ_g = 0
+
+    Nothing is added to σ: a hundredfold score gives the same advantages, and a group that does not vary has none. The
+    factor depends on the very samples it multiplies, so the policy gradient is biased, towards prompts (and, within a
+    prompt, draws) whose scores hardly vary. `testing.exact` measures it.
+
+    Args:
+        advantage: [B], or [B, L] after credit was assigned; from `centred`.
+        deviation: of each row's scores, from `spread`.
+
+    Returns:
+        Pure numbers.
+
+    Source: Shao et al. 2024 (GRPO), section 4.1.2.
+    Differs: σ is that of a sample, with G − 1; the paper's formula does not say which.
+    """
+    deviation = deviation.reshape(-1, *[1] * (advantage.ndim - 1))
+    varied = deviation > 0
+    safe = torch.where(varied, deviation, torch.ones_like(deviation))
+    return torch.where(varied, advantage, torch.zeros_like(advantage)) / safe
+
+
+def against(
+    score: Float[Tensor, "B"],
+    group: Int[Tensor, "B"],
+    baseline: Float[Tensor, "K"],
+    rows: Bool[Tensor, "B"] | None = None,
+) -> Float[Tensor, "B"]:
+    """Each score minus one that belongs to its prompt: that of the policy's own greedy response.
+
+        A_b = score(y_b) − score(ŷ_{g(b)}),     ŷ = the most likely token at every step
+
+    A baseline that does not depend on the sample, so the policy gradient stays unbiased, from one sample a prompt on.
+
+    Args:
+        score, group, rows: as in `group_mean`; here the groups are numbered 0 … K − 1, as `Policy.sample` does.
+        baseline: what to compare group k with.
+
+    Returns:
+        Reward units; zero for rows without a verdict.
+
+    Raises:
+        ValueError: when a group has no baseline.
+
+    Source: Li et al. 2024 (ReMax), section 4, algorithm 1.
+    """
+    if not bool(((group >= 0) & (group < len(baseline))).all()):
+        raise ValueError(
+            f"groups {int(group.min())} to {int(group.max())} and {len(baseline)} baselines: one for each group, in order"
+        )
+    rows = torch.ones_like(score, dtype=torch.bool) if rows is None else rows
+    return torch.where(rows, score - baseline[group], torch.zeros_like(score))
+
+
+def overlong(length: Int[Tensor, "B"], longest: int, margin: int) -> Float[Tensor, "B"]:
+    """What a response that comes near the horizon loses: nothing, then more a token, 1 at the horizon.
+
+        p(y) = 0                                 |y| ≤ H − m
+        p(y) = (H − m − |y|) / m,  in [−1, 0)     H − m < |y| ≤ H
+
+    Args:
+        length: tokens of each response.
+        longest: H, the most tokens a response may have.
+        margin: m, the tokens before the horizon in which length costs; 0 for none.
+
+    Returns:
+        Reward units, at most 0; to be added to the score.
+
+    Raises:
+        ValueError: when the margin is outside 0 to H.
+
+    Source: Yu et al. 2025 (DAPO), eq. 13. Its third case, longer than H, cannot occur here.
+    """
+    if not 0 <= margin <= longest:
+        raise ValueError(f"margin={margin} of {longest} tokens: give 0 for no punishment, and at most the horizon")
+    free = longest - margin
+    return -(length - free).clamp(0, margin).to(torch.get_default_dtype()) / max(1, margin)
+
+
+def branch(
+    score: Float[Tensor, "N"],
+    parent: Int[Tensor, "N"],
+    at: Int[Tensor, "N"],
+    action: Bool[Tensor, "B L"],
+    rows: Bool[Tensor, "N"] | None = None,
+) -> Float[Tensor, "B L"]:
+    """Values of visited states by resetting to them: the mean score of the futures drawn from each.
+
+        V(s_t) = 1/K Σ_k score(y_{<t} · continuation_k)
+
+    Unbiased for the value of the policy that drew the continuations. A state nobody drew from (the inside of a step,
+    where resets are made only between steps; a state whose futures all lack a verdict) has the last value before it in
+    its row, and 0 before the first.
+
+    Args:
+        score: outcome of each continued response, as a whole.
+        parent: the row of `action` whose state it continued.
+        at: the position t of that state: tokens before t were kept.
+        action: which tokens of the parent rows the policy chose.
+        rows: which continued responses have a verdict.
+
+    Returns:
+        Reward units, `value[b, t]` of the state before token t; zero outside the mask.
+
+    Raises:
+        ValueError: when a state lies outside the mask: no action was taken there.
+
+    Source: Kazemnejad et al. 2024 (VinePPO), section 4.
+    """
+    if not bool(action[parent, at].all()):
+        i = int((~action[parent, at]).nonzero()[0])
+        raise ValueError(
+            f"position {int(at[i])} of row {int(parent[i])} is no action: a value is of a state one acted in"
+        )
+    rows = torch.ones_like(parent, dtype=torch.bool) if rows is None else rows
+    zero = torch.zeros(action.shape, dtype=score.dtype, device=score.device)
+    where = (parent[rows], at[rows])
+    total = zero.index_put(where, score[rows], accumulate=True)
+    count = zero.index_put(where, torch.ones_like(score[rows]), accumulate=True)
+    mean, known, columns = total / count.clamp(min=1), zero[:, 0], []
+    for t in range(action.shape[1]):
+        known = torch.where(count[:, t] > 0, mean[:, t], known)
+        columns.append(known)
+    return torch.where(action, torch.stack(columns, dim=1), zero)
+
+
+def _largest(score: Tensor, group: Tensor, rows: Tensor) -> Tensor:
+    """For each row the largest magnitude among its group's scores."""
+    names, index = torch.unique(group, return_inverse=True)
+    empty = torch.zeros(len(names), dtype=score.dtype, device=score.device)
+    return empty.scatter_reduce(0, index, torch.where(rows, score.abs(), torch.zeros_like(score)), "amax")[index]
 
 
 def _sums(score: Tensor, group: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

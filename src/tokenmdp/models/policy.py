@@ -324,7 +324,10 @@ class Policy:
     # -- on disk
 
     def save(self, folder: Path | str) -> None:
-        """Write a Hugging Face directory (safetensors and tokenizer); LoRA adapters are folded in."""
+        """Write a Hugging Face directory (safetensors and tokenizer); LoRA adapters are folded in.
+
+        `policy.freeze().save(folder)` folds them into this policy too, whose fingerprint is then that of the folder.
+        """
         model = self.model if self.backbone.peft is None else self.backbone.merged()
         model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)

@@ -18,13 +18,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokenmdp import rewards, tasks
+from tokenmdp import judge, rewards, tasks
 from tokenmdp.functional import policy_loss, returns, weights
 from tokenmdp.learner import Learner
 from tokenmdp.models import catalog
@@ -246,5 +245,7 @@ def main(cfg: Config, run: Run) -> dict[str, object]:
     body = reference.backbone
     critic = reward.critic(cfg.critic_train) if isinstance(reward, RewardModel) else Critic(body.twin(cfg.critic_train))
     policy, figures = train(cfg, reference, critic, reward, task, run)
-    policy.save(run.folder / "model")
-    return {**figures, "model": str(Path(run.folder) / "model"), "fingerprint": policy.fingerprint()}
+    policy.freeze().save(run.folder / "model")
+    sampling = Sampling(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature)
+    judged = judge.held_out(reference, policy, reward, task, sampling, run)
+    return {**figures, **judged, "model": str(run.folder / "model"), "fingerprint": policy.fingerprint()}

@@ -100,5 +100,5 @@ def main(cfg: Config, run: Run) -> dict[str, object]:
     learned, kept = split(everything, cfg.held_out, run.rng)
     run.note(f"{len(learned)} demonstrations, {len(kept)} held out; start {start.name} {start.fingerprint()}")
     policy, figures = train(cfg, start, learned, kept, run)
-    policy.save(run.folder / "model")
+    policy.freeze().save(run.folder / "model")
     return {**figures, "model": str(run.folder / "model"), "fingerprint": policy.fingerprint()}

@@ -26,7 +26,9 @@ def load(spec: str | Path, policy: Policy) -> Reward:
 
         sentiment              the true reward of a task, by the task's name (or `name:value`, see `tasks.load`)
         numeric                the right number, from each prompt's `answer` column (see `verifier.NumericVerifier`)
-        runs/rm/model          a folder: a reward model on the policy's tokenizer, or a text classifier
+        runs/rm/model          a folder: a reward model on the policy's tokenizer, of whole responses or of steps, or a
+                               text classifier
+        novelty:FILE           a bonus for what the responses of a file did not say (see `novelty.Novelty`)
         my_rewards.py:brevity  a function of a Python file (see `function.FunctionReward`)
         0.5*a + 1.0*b          a weighted sum of any of these; a part without a weight counts once
 
@@ -66,6 +68,10 @@ def _single(spec: str, whole: str, policy: Policy) -> Reward:
     name, _, rest = spec.partition(":")
     if name == "numeric":
         return _numeric(rest)
+    if name == "novelty" and rest:
+        from tokenmdp.rewards.novelty import Novelty
+
+        return Novelty.load(rest, policy)
     if name in tasks.names() and name != "prompts":
         reward = tasks.load(spec, policy).reward
         if reward is None:
@@ -84,9 +90,10 @@ def _single(spec: str, whole: str, policy: Policy) -> Reward:
 
         return TextClassifier.load(path)
     if folder and (path / "config.json").is_file():
-        from tokenmdp.rewards.reward_model import RewardModel
+        from tokenmdp.rewards import reward_model, step_model
 
-        return RewardModel.load(path, policy)
+        kind = step_model.StepRewardModel if (path / step_model.FILE).is_file() else reward_model.RewardModel
+        return kind.load(path, policy)
     names = [name for name in tasks.names() if name != "prompts"]
     near = difflib.get_close_matches(spec, [*names, "numeric"], n=1)
     if folder:

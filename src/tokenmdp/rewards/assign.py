@@ -3,13 +3,24 @@
 A scheme turns one outcome a row into a reward a token. Every on-policy recipe takes one as its `credit` setting, and
 nothing else in a recipe changes with it:
 
-    last       all on the last token: when the outcome is known
-    uniform    the same on every token: what every other scheme must beat
+    last                  all on the last token: when the outcome is known
+    uniform               the same on every token: what every other scheme must beat
+    attention[@0.5]       where the reward model looked when it judged; @: only this part of the score
+    shaped                the rise of the reward model's own score from prefix to prefix, besides the outcome
+    implicit:DIR[@0.1]    the reward implied by the policy in DIR, which was trained on preferences; @: its β
+    process               what the reward says of each step; process:DIR, what the process reward model in DIR says
+    branch:K              what each token did to the value: K futures from every visited state; branch:K/step, from
+                          the ends of steps only
+
+`attention:DIR` and `shaped:DIR` ask the reward model in DIR, whatever the recipe's reward is. All are linear in the
+outcome up to a term that does not depend on it, so a recipe may take a baseline off first. `shaped` and `branch` are
+baselines already: with them a recipe needs none.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable
 from typing import Protocol
 
@@ -17,8 +28,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tokenmdp.functional import credit
+from tokenmdp.functional import credit, returns
+from tokenmdp.models import catalog, tree
+from tokenmdp.models.parts import in_parts
 from tokenmdp.models.policy import Policy
+from tokenmdp.models.sampling import Sampling
+from tokenmdp.rewards import steps
+from tokenmdp.rewards.attention import attention_of
+from tokenmdp.rewards.reward_model import RewardModel
+from tokenmdp.rewards.step_model import StepRewardModel
 from tokenmdp.types import Batch, Reward, Score
 
 
@@ -27,9 +45,11 @@ class Scheme(Protocol):
 
     Attributes:
         name: what tables call it.
+        drawn: tokens its last call sampled besides the batch; 0 for most.
     """
 
     name: str
+    drawn: int
 
     def __call__(
         self, batch: Batch, score: Score, outcome: Float[Tensor, "B"], policy: Policy, rng: torch.Generator
@@ -47,8 +67,15 @@ class Scheme(Protocol):
         ...
 
 
+def _beside(score: Score, outcome: Tensor, equation: Callable[[Tensor], Tensor]) -> Tensor:
+    """Rewards a token come as they are; only what the outcome adds to the score is shared out."""
+    return equation(outcome) if score.token is None else score.token + equation(outcome - score.value)
+
+
 class Plain:
     """A scheme that needs the action mask and nothing else."""
+
+    drawn = 0
 
     def __init__(self, name: str, equation: Callable[[Tensor, Tensor], Tensor]) -> None:
         self.name, self.equation = name, equation
@@ -56,27 +83,195 @@ class Plain:
     def __call__(
         self, batch: Batch, score: Score, outcome: Tensor, policy: Policy, rng: torch.Generator
     ) -> Float[Tensor, "B L"]:
-        if score.token is None:
-            return self.equation(outcome, batch.action)
-        # Rewards a token come as they are; only what the outcome adds to the score is shared out.
-        return score.token + self.equation(outcome - score.value, batch.action)
+        return _beside(score, outcome, lambda rest: self.equation(rest, batch.action))
+
+
+class Attention:
+    """Shares the score out as the reward model attended to the response."""
+
+    drawn = 0
+
+    def __init__(self, name: str, reward: RewardModel, beta: float) -> None:
+        self.name, self.reward, self.beta = name, reward, beta
+
+    def __call__(
+        self, batch: Batch, score: Score, outcome: Tensor, policy: Policy, rng: torch.Generator
+    ) -> Float[Tensor, "B L"]:
+        seen = attention_of(self.reward, batch)
+        return _beside(score, outcome, lambda rest: credit.attention(rest, batch.action, seen, self.beta))
+
+
+class Shaped:
+    """The reward model's score of every prefix as a potential."""
+
+    drawn = 0
+
+    def __init__(self, name: str, reward: RewardModel) -> None:
+        self.name, self.critic = name, reward.critic("none")
+
+    def __call__(
+        self, batch: Batch, score: Score, outcome: Tensor, policy: Policy, rng: torch.Generator
+    ) -> Float[Tensor, "B L"]:
+        potential = in_parts(lambda part: {"v": self.critic.value(self.critic.states(part), part)}, batch)["v"]
+        return _beside(score, outcome, lambda rest: credit.shaped(rest, batch.action, potential))
+
+
+class Implicit:
+    """The reward that a policy trained on preferences implies, beside the score."""
+
+    drawn = 0
+
+    def __init__(self, name: str, preferred: Policy, reference: Policy, beta: float) -> None:
+        self.name, self.preferred, self.reference, self.beta = name, preferred, reference, beta
+
+    def __call__(
+        self, batch: Batch, score: Score, outcome: Tensor, policy: Policy, rng: torch.Generator
+    ) -> Float[Tensor, "B L"]:
+        ours = in_parts(lambda part: self.preferred.evaluate(part), batch)["logp"]
+        theirs = in_parts(lambda part: self.reference.evaluate(part), batch)["logp"]
+        return _beside(score, outcome, lambda rest: credit.implicit(rest, batch.action, ours, theirs, self.beta))
+
+
+class Process:
+    """A process reward on the steps: the recipe's own reward's, or another model's beside the score."""
+
+    drawn = 0
+
+    def __init__(self, name: str, model: StepRewardModel | None) -> None:
+        self.name, self.model = name, model
+
+    def __call__(
+        self, batch: Batch, score: Score, outcome: Tensor, policy: Policy, rng: torch.Generator
+    ) -> Float[Tensor, "B L"]:
+        if self.model is None:
+            if score.token is None:
+                raise ValueError(
+                    "credit=process shares out what the reward says of each step, but this reward gives no token rewards: "
+                    "take a process reward model as the reward, or credit=process:FOLDER"
+                )
+            return _beside(score, outcome, lambda rest: credit.last(rest, batch.action))
+        said, closing = self.model(batch).token, self.model.ends(batch)
+        assert said is not None
+        return _beside(score, outcome, lambda rest: credit.process(rest, batch.action, said, closing))
+
+
+class Branch:
+    """Monte-Carlo values: futures drawn from visited states and judged by the recipe's own reward.
+
+    Args:
+        k: futures a state.
+        delimiter: what closes a step, to branch between steps only; None branches at every token.
+        sampling: as the recipe draws its responses.
+    """
+
+    def __init__(self, name: str, reward: Reward, k: int, delimiter: str | None, sampling: Sampling) -> None:
+        self.name, self.reward, self.k, self.delimiter, self.sampling = name, reward, k, delimiter, sampling
+        self.drawn = 0
+
+    def __call__(
+        self, batch: Batch, score: Score, outcome: Tensor, policy: Policy, rng: torch.Generator
+    ) -> Float[Tensor, "B L"]:
+        value = self.values(batch, score.verdict, policy, rng).to(outcome.dtype)
+        # Of token rewards the sum is shared out anew: what a future is worth counts all of them.
+        total = outcome if score.token is None else outcome - score.value + score.token.sum(-1)
+        return credit.branch(total, batch.action, value)
+
+    def values(self, batch: Batch, rows: Tensor, policy: Policy, rng: torch.Generator) -> Float[Tensor, "B L"]:
+        """V of the states before each token of the rows that count; see `returns.branch` for those not reset to."""
+        begins = batch.action
+        if self.delimiter is not None:
+            closed = steps.ends(batch, policy.tokenizer, self.delimiter)
+            begins = batch.action & _new_step(batch.action, (closed & ~steps.last_of(closed)).long())
+        at = [begins[b].nonzero()[:, 0].tolist() if bool(rows[b]) else [] for b in range(len(batch))]
+        self.drawn = 0
+        if not any(at):
+            return torch.zeros(batch.tokens.shape, device=batch.tokens.device)
+        found = tree.branch(policy, batch, at, self.k, self.sampling, rng)
+        self.drawn = found.drawn
+        said = self.reward(found.batch)
+        worth = said.value if said.token is None else said.token.sum(-1)
+        return returns.branch(worth, found.parent, found.at, batch.action, said.verdict)
+
+
+def _new_step(action: Tensor, closed: Tensor) -> Tensor:
+    """True where an action is the first of its row, or the first after a step was closed."""
+    number = closed.cumsum(dim=1) - closed  # steps closed before each token
+    before = torch.full_like(number[:, 0], -1)
+    columns = []
+    for t in range(action.shape[1]):
+        columns.append(number[:, t] > before)
+        before = torch.where(action[:, t], number[:, t], before)
+    return torch.stack(columns, dim=1)
 
 
 PLAIN = {"last": credit.last, "uniform": credit.uniform}
+NAMES = (*PLAIN, "attention", "shaped", "implicit:FOLDER", "process", "branch:K")
+_PART = re.compile(r"(attention.*|implicit.*)@(\d*\.?\d+)")
+_BRANCH = re.compile(r"(\d+)(/step)?")
 
 
-def load(spec: str, reward: Reward, reference: Policy) -> Scheme:
+def load(spec: str, reward: Reward, reference: Policy, sampling: Sampling | None = None) -> Scheme:
     """The scheme called `spec`.
 
     Args:
-        reward: the recipe's reward, for schemes that read it at prefixes.
+        reward: the recipe's reward, for schemes that read it at prefixes or ask it of other futures.
         reference: the frozen start of the policy, for schemes that compare with it.
+        sampling: how the recipe draws its responses, for schemes that draw more of them.
 
     Raises:
-        ValueError: there is no such scheme, with a suggestion.
+        ValueError: there is no such scheme, with a suggestion; or it needs what is not there, with the remedy.
     """
+    part = _PART.fullmatch(spec)
+    name, _, argument = (part[1] if part else spec).partition(":")
     if spec in PLAIN:
         return Plain(spec, PLAIN[spec])
-    near = difflib.get_close_matches(spec, PLAIN, n=1)
-    guess = f"did you mean {near[0]}? " if near else ""
-    raise ValueError(f"there is no credit scheme {spec!r}: {guess}a scheme is one of {', '.join(PLAIN)}")
+    if name == "attention":
+        beta = float(part[2]) if part else 1.0
+        if not 0 <= beta <= 1:
+            raise ValueError(f"credit={spec}: attention spreads a part of the score, from 0 to 1")
+        return Attention(spec, _reward_model(spec, argument, reward, reference), beta)
+    if name == "shaped":
+        return Shaped(spec, _reward_model(spec, argument, reward, reference))
+    if name == "implicit" and argument:
+        return Implicit(spec, _preferred(argument, reference), reference, float(part[2]) if part else 0.1)
+    if name == "process":
+        return Process(spec, StepRewardModel.load(argument, reference) if argument else None)
+    if name == "branch":
+        return _branch(spec, argument, reward, sampling)
+    near = difflib.get_close_matches(name, [n.partition(":")[0] for n in NAMES], n=1)
+    guess = f"did you mean {near[0]}? " if near and near[0] != name else ""
+    raise ValueError(f"there is no credit scheme {spec!r}: {guess}a scheme is one of {', '.join(NAMES)}")
+
+
+def _reward_model(spec: str, folder: str, reward: Reward, reference: Policy) -> RewardModel:
+    if folder:
+        return RewardModel.load(folder, reference)
+    if isinstance(reward, RewardModel):
+        return reward
+    name = spec.partition("@")[0]
+    raise ValueError(
+        f"credit={spec} reads a reward model, and {reward.name} is a {type(reward).__name__}: give a reward model's folder as "
+        f"the reward, or name one here, {name}:FOLDER (`tokenmdp reward-model` trains one)"
+    )
+
+
+def _preferred(folder: str, reference: Policy) -> Policy:
+    found = catalog.load(folder, device=str(reference.device)).freeze()
+    if found.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
+        raise ValueError(
+            f"the policy in {folder} and the reference {reference.name} have different tokenizers: credit=implicit compares "
+            "them token by token, so train it from this reference"
+        )
+    return found
+
+
+def _branch(spec: str, argument: str, reward: Reward, sampling: Sampling | None) -> Branch:
+    match = _BRANCH.fullmatch(argument)
+    if match is None or int(match[1]) < 1:
+        raise ValueError(f"credit={spec}: write branch:K or branch:K/step, K futures from each state, at least 1")
+    if sampling is None:
+        raise ValueError(
+            f"credit={spec} draws more responses, but this recipe does not say how it draws them: it must give its sampling "
+            "to assign.load"
+        )
+    return Branch(spec, reward, int(match[1]), steps.DELIMITER if match[2] else None, sampling)

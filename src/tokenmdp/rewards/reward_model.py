@@ -108,7 +108,7 @@ class RewardModel:
 
     def last(self, batch: Batch) -> Float[Tensor, "B"]:
         """The score of each row, read at its last real token, found by position; with gradient."""
-        states = pooled(self.backbone.hidden(batch.tokens), self.pool)
+        states = pooled(self.backbone.hidden(batch.tokens, batch.read), self.pool)
         final = states[torch.arange(len(batch), device=states.device), batch.length - 1]
         return (self.head(final)[:, 0] - self.shift) / self.scale
 
