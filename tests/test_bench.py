@@ -33,7 +33,7 @@ SUMMARY: dict[str, Any] = {
 def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Imports a bench as running its file does: its folder comes first."""
     monkeypatch.syspath_prepend(BENCH)
-    names = ("common", "rollout", "learner", "demo", "oracle", "oracle_page")
+    names = ("common", "rollout", "learner", "demo", "oracle", "oracle_page", "oracle_toy")
     yield importlib.import_module
     for name in names:  # such plain names must not stay behind for other tests
         sys.modules.pop(name, None)

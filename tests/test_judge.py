@@ -51,7 +51,9 @@ def test_a_changed_policy_has_kl_and_its_responses_are_kept(tmp_path: Path) -> N
 
 def test_rows_without_a_verdict_leave_the_means(tmp_path: Path) -> None:
     """Every second response of a prompt has no verdict, the others score 1: the mean is 1, not one half."""
-    reward = FunctionReward(lambda completions, **_: [None, 1.0] * (len(completions) // 2), name="half", max_missing=1.0)
+    reward = FunctionReward(
+        lambda completions, **_: [None, 1.0] * (len(completions) // 2), name="half", max_missing=1.0
+    )
     found = judged(tmp_path / "run", policy().freeze(), reward)
     assert found["score_start"]["mean"] == found["score_trained"]["mean"] == 1.0
     none = FunctionReward(lambda completions, **_: [None] * len(completions), name="none", max_missing=1.0)

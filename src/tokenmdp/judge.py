@@ -90,4 +90,11 @@ def _by_prompt(score: Score) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]
 def _line(arm: str, b: Batch, row: int, score: Score) -> dict[str, Any]:
     p = b.prompts[row]
     proxy = float(score.value[row]) if bool(score.verdict[row]) else None
-    return {"prompt": p.text, "arm": arm, "row": p.row, "text": b.texts[row], "ended": bool(b.ended[row]), "proxy": proxy}
+    return {
+        "prompt": p.text,
+        "arm": arm,
+        "row": p.row,
+        "text": b.texts[row],
+        "ended": bool(b.ended[row]),
+        "proxy": proxy,
+    }

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiny_models import ragged, tiny
-from tokenmdp.models.parts import cut, in_parts, micro_batches, split
+from tokenmdp.models.parts import cut, in_parts, micro_batches
 from tokenmdp.types import Batch, Pairs
 
 
@@ -61,21 +61,3 @@ def test_results_in_parts_equal_results_at_once(tokens: int) -> None:
         assert parted[name].shape == want.shape
         assert torch.allclose(parted[name], want, rtol=0, atol=1e-12)
         assert not parted[name].requires_grad
-
-
-@pytest.mark.parametrize(("share", "kept"), [(0.3, 3), (0.01, 1), (0.99, 9)])
-def test_a_split_keeps_every_row_once(share: float, kept: int) -> None:
-    b = ragged(10)
-    learned, held_out = split(b, share, torch.Generator().manual_seed(0))
-    assert (len(learned), len(held_out)) == (10 - kept, kept)
-    assert sorted(p.row for p in learned.prompts + held_out.prompts) == list(range(10))
-    again = split(b, share, torch.Generator().manual_seed(0))[1]
-    assert again.prompts == held_out.prompts
-
-
-def test_a_split_that_leaves_a_side_empty_is_refused() -> None:
-    for share in (0.0, 1.0):
-        with pytest.raises(ValueError, match=f"held_out is {share}"):
-            split(ragged(4), share, torch.Generator())
-    with pytest.raises(ValueError, match="1 rows cannot be split"):
-        split(ragged(1), 0.5, torch.Generator())

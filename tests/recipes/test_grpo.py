@@ -68,9 +68,12 @@ def test_the_first_update_of_a_phase_has_ratio_1_under_every_weight(tmp_path: Pa
             assert line["policy/clipfrac_avg"] == 0
 
 
-def test_a_sampler_refreshed_every_third_phase_is_up_to_two_phases_old(tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", ["all", "lora-2"])
+def test_a_sampler_refreshed_every_third_phase_is_up_to_two_phases_old(part: str, tmp_path: Path) -> None:
     """One update a phase: the ratio is 1 after a refresh and moves on from there."""
-    _, _, lines = train(tmp_path / "run", **{**PLAIN, "steps": 6, "sync": 3, "learning_rate": 1e-2, "kl": 0.0})
+    _, _, lines = train(
+        tmp_path / "run", **{**PLAIN, "steps": 6, "sync": 3, "learning_rate": 1e-2, "kl": 0.0}, train=part
+    )
     apart = [line["policy/approxkl_avg"] for line in lines]
     assert [a < 1e-6 for a in apart] == [True, False, False] * 2
     assert apart[2] > apart[1]

@@ -223,7 +223,7 @@ def scaled(advantage: Float[Tensor, "B *S"], deviation: Float[Tensor, "B"]) -> F
 
     Nothing is added to σ: a hundredfold score gives the same advantages, and a group that does not vary has none. The
     factor depends on the very samples it multiplies, so the policy gradient is biased, towards prompts (and, within a
-    prompt, draws) whose scores hardly vary. `testing.exact` measures it.
+    prompt, draws) whose scores hardly vary: the tests measure it against enumeration.
 
     Args:
         advantage: [B], or [B, L] after credit was assigned; from `centred`.

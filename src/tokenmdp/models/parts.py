@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokenmdp.types import Batch, Pairs
-
-Kept = TypeVar("Kept", Batch, Pairs)
+from tokenmdp.types import Batch
 
 FORWARD_TOKENS = 8192  # padded positions in one pass without gradient
 
@@ -51,18 +49,3 @@ def in_parts(
             else:
                 out[name][rows] = value
     return out
-
-
-def split(data: Kept, share: float, rng: torch.Generator) -> tuple[Kept, Kept]:
-    """Rows to learn from and rows held out, drawn at random: `share` of the rows, at least one, are held out.
-
-    Raises:
-        ValueError: a share outside (0, 1), or fewer than two rows.
-    """
-    if not 0 < share < 1:
-        raise ValueError(f"held_out is {share}; it is the share of rows never trained on, between 0 and 1")
-    if len(data) < 2:
-        raise ValueError(f"{len(data)} rows cannot be split into rows to learn from and rows held out: give at least 2")
-    order = torch.randperm(len(data), generator=rng)
-    kept = min(max(1, round(share * len(data))), len(data) - 1)
-    return data.select(order[kept:]), data.select(order[:kept])

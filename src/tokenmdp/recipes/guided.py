@@ -213,5 +213,5 @@ def main(cfg: Config, run: Run) -> dict[str, object]:
     policy = catalog.load(cfg.model).freeze()
     reward = rewards.load(cfg.reward, policy)
     task = tasks.load(cfg.task, policy)
-    prompts = list(task.held_out or task.train)[: cfg.prompts]
+    prompts = [*task.held_out, *task.train][: cfg.prompts]
     return train(cfg, policy, prompts, reward, run)

@@ -22,7 +22,6 @@ from tokenmdp import stats
 from tokenmdp.functional import preference, weights
 from tokenmdp.learner import Learner
 from tokenmdp.models import catalog
-from tokenmdp.models.parts import split
 from tokenmdp.models.policy import Policy
 from tokenmdp.rewards.reward_model import RewardModel
 from tokenmdp.run import Run
@@ -127,7 +126,7 @@ def main(cfg: Config, run: Run) -> dict[str, object]:
     """Load the body and the pairs, train, save the reward model to `model/` in the run folder."""
     policy = catalog.load(cfg.model)
     everything = data.pairs(data.rows(cfg.data), policy, cfg.max_tokens)
-    learned, kept = split(everything, cfg.held_out, run.rng)
+    learned, kept = data.split(everything, cfg.held_out, run.rng)
     run.note(f"{len(learned)} pairs, {len(kept)} held out; body {policy.name} {policy.fingerprint()}")
     reward, figures = train(cfg, policy, learned, kept, run)
     reward.save(run.folder / "model")

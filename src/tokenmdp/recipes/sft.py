@@ -22,7 +22,7 @@ from tokenmdp import tasks
 from tokenmdp.functional import imitation, weights
 from tokenmdp.learner import Learner
 from tokenmdp.models import catalog
-from tokenmdp.models.parts import in_parts, split
+from tokenmdp.models.parts import in_parts
 from tokenmdp.models.policy import Policy
 from tokenmdp.run import Run
 from tokenmdp.tasks import data
@@ -97,7 +97,7 @@ def main(cfg: Config, run: Run) -> dict[str, object]:
     if cfg.task and everything is None:
         raise ValueError(f"the task {cfg.task} has no demonstrations to clone: give a file with some by --data")
     everything = everything or data.demonstrations(data.rows(cfg.data), start, cfg.max_tokens)
-    learned, kept = split(everything, cfg.held_out, run.rng)
+    learned, kept = data.split(everything, cfg.held_out, run.rng)
     run.note(f"{len(learned)} demonstrations, {len(kept)} held out; start {start.name} {start.fingerprint()}")
     policy, figures = train(cfg, start, learned, kept, run)
     policy.freeze().save(run.folder / "model")
