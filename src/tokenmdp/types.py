@@ -269,11 +269,15 @@ class Score:
         verdict: [B] False where the reward gave no verdict (None, NaN, an exception, a time-out). A missing score is
             never taken for 0: rows without a verdict get weight 0 and are counted.
         token: [B, L] per-token rewards where the reward gives them (their sum need not be `value`), else None.
+        parts: where several rewards were mixed, what each of them said, by its name.
+        reasons: why a row has no verdict, by the row's number, where the reward knows.
     """
 
     value: Float[Tensor, "B"]
     verdict: Bool[Tensor, "B"]
     token: Float[Tensor, "B L"] | None = None
+    parts: Mapping[str, Score] = field(default_factory=dict)
+    reasons: Mapping[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.value.shape != self.verdict.shape:
@@ -288,6 +292,36 @@ class Score:
         """Scores that all have a verdict; a value that is not finite becomes "no verdict"."""
         verdict = torch.isfinite(value)
         return Score(torch.where(verdict, value, torch.zeros_like(value)), verdict)
+
+    def select(self, rows: Tensor | Sequence[int]) -> Score:
+        """What was said of the given rows, in that order."""
+        index = torch.as_tensor(rows, dtype=torch.long, device=self.value.device)
+        where = {row: i for i, row in enumerate(index.tolist())}
+        return Score(
+            self.value[index],
+            self.verdict[index],
+            None if self.token is None else self.token[index],
+            {name: part.select(index) for name, part in self.parts.items()},
+            {where[row]: reason for row, reason in self.reasons.items() if row in where},
+        )
+
+    @staticmethod
+    def concat(scores: Sequence[Score]) -> Score:
+        """What one reward said of several batches, as of `Batch.concat` of them."""
+        L = max((s.token.shape[1] for s in scores if s.token is not None), default=0)
+        tokens = [torch.nn.functional.pad(s.token, (0, L - s.token.shape[1])) for s in scores if s.token is not None]
+        reasons: dict[int, str] = {}
+        before = 0
+        for s in scores:
+            reasons |= {before + row: reason for row, reason in s.reasons.items()}
+            before += len(s.value)
+        return Score(
+            torch.cat([s.value for s in scores]),
+            torch.cat([s.verdict for s in scores]),
+            torch.cat(tokens) if len(tokens) == len(scores) else None,
+            {name: Score.concat([s.parts[name] for s in scores]) for name in scores[0].parts},
+            reasons,
+        )
 
 
 @runtime_checkable

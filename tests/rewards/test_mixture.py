@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from tokenmdp.functional import measures
 from tokenmdp.rewards.function import FunctionReward
 from tokenmdp.rewards.mixture import Mixture
 from tokenmdp.types import Batch, Prompt
@@ -26,7 +27,10 @@ def test_a_mixture_is_the_weighted_sum_where_all_parts_have_a_verdict():
     assert score.value.tolist() == [0.0, 0.0, 0.0, 0.0]
     assert score.verdict.tolist() == [True, False, False, True]
     assert mixture.name == "0.5*a + -1*b"
-    assert mixture.parts == {"a": 2.0, "b": pytest.approx(2 / 3)}  # each over its own verdicts
+    # Each part over its own verdicts: (2 + 4 + 0) / 3 and (1 + 1 + 0) / 3.
+    found = measures.responses(make_batch(["x"] * 4), score)
+    assert (found["rewards/a"], found["rewards/b"]) == (2.0, pytest.approx(2 / 3))
+    assert dict(score.reasons) == {1: "a: returned None", 2: "b: returned None"}
 
 
 def test_token_rewards_and_outcomes_add_up_to_the_value():
@@ -36,7 +40,7 @@ def test_token_rewards_and_outcomes_add_up_to_the_value():
     # 2·(1, 0.5) with 10·3 on the last token; 2·1 with 10·(−1) on the same one.
     assert score.token.tolist() == [[0, 2.0, 31.0], [0, -8.0, 0]]
     assert torch.equal(score.token.sum(1), score.value)
-    assert set(mixture.parts) == {"fixed", "fixed_2"}
+    assert set(score.parts) == {"fixed", "fixed_2"}
 
 
 def test_rows_without_a_verdict_have_no_token_rewards():
@@ -46,11 +50,13 @@ def test_rows_without_a_verdict_have_no_token_rewards():
     assert score.token.tolist() == [[0, 0], [0, 2.0]]
 
 
-def test_a_part_without_any_verdict_is_absent_from_parts():
+def test_what_a_part_said_is_kept_where_the_mixture_has_no_verdict():
     silent = FunctionReward(lambda completions: [None, None], name="silent", max_missing=1.0)
     mixture = Mixture([(1.0, silent), (1.0, fixed([1.0, 2.0]))])
-    assert mixture(make_batch(["x", "y"])).verdict.tolist() == [False, False]
-    assert mixture.parts == {"fixed": 1.5}
+    score = mixture(make_batch(["x", "y"]))
+    assert score.verdict.tolist() == [False, False]
+    assert score.parts["fixed"].value.tolist() == [1.0, 2.0]
+    assert not score.parts["silent"].verdict.any()
 
 
 def test_bad_mixtures_are_refused():

@@ -67,7 +67,7 @@ def test_it_joins_a_mixture() -> None:
     b = batch([([1], [3, 3]), ([1], [4, 5])])
     mixture = Mixture([(1.0, liking()), (0.1, Novelty({(4, 5): 3}, 2))])
     assert mixture(b).value.tolist() == pytest.approx([1.0 + 0.1, 0.0 + 0.1 * 0.5])
-    assert mixture.parts["novelty"] == pytest.approx(0.75)
+    assert mixture(b).parts["novelty"].value.tolist() == pytest.approx([1.0, 0.5])
 
 
 @pytest.mark.parametrize("column", ["text", "completion"])

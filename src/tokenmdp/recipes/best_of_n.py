@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tokenmdp import rewards, tasks
-from tokenmdp.functional import kl
+from tokenmdp.functional import kl, measures
 from tokenmdp.models import catalog
 from tokenmdp.models.policy import Policy
 from tokenmdp.models.sampling import Sampling
@@ -57,6 +57,7 @@ def train(cfg: Config, policy: Policy, prompts: list[Prompt], reward: Reward, ru
     for step in run.steps(len(chunks), totals, title="best of n"):
         b: Batch = policy.sample(chunks[step], cfg.n, sampling, run.rng)
         score = reward(b)
+        run.missing(step, b, score)
         chosen = best(score.value, score.verdict, cfg.n)
         for arm, rows in (("first", range(0, len(b), cfg.n)), ("best_of_n", chosen.tolist())):
             for i in rows:
@@ -79,10 +80,7 @@ def train(cfg: Config, policy: Policy, prompts: list[Prompt], reward: Reward, ru
             {
                 "objective/scores": totals.mean,
                 "objective/scores_best": totals.best,
-                "completions/mean_length": float(b.action.sum(-1).float().mean()),
-                "completions/clipped_ratio": float((~b.ended).float().mean()),
-                "num_tokens": float(b.action.sum()),
-                "no_verdict": float((~judged).sum()),
+                **measures.responses(b, score),
             },
             headline=("objective/scores", "objective/scores_best"),
         )

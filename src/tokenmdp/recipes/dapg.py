@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from tokenmdp import judge, rewards, tasks
-from tokenmdp.functional import kl, policy_loss, returns, weights
+from tokenmdp.functional import kl, measures, policy_loss, returns, weights
 from tokenmdp.learner import Learner
 from tokenmdp.models import catalog
 from tokenmdp.models.parts import in_parts
@@ -106,6 +106,7 @@ def train(
         # 1. Roll out on the known dynamics; take some demonstrations.
         b = policy.sample(task.draw(cfg.prompts, run.rng), cfg.samples, sampling, run.rng)
         score = reward(b)
+        run.missing(step, b, score)
         rows = score.verdict
         shown = known.select(torch.randperm(len(known), generator=run.rng)[: cfg.demonstrations])
 
@@ -132,24 +133,21 @@ def train(
 
         # 5. Say what happened.
         metrics = {
-            "objective/scores": _mean(score.value, rows),
-            "objective/kl": _mean(divergence, rows),
-            "objective/rlhf_reward": _mean(total, rows),
+            "objective/scores": measures.mean(score.value, rows),
+            "objective/kl": measures.mean(divergence, rows),
+            "objective/rlhf_reward": measures.mean(total, rows),
             "objective/entropy": float((old["entropy"] * weights.per_token(b.action, rows)).sum()),
             "loss/policy_avg": learned["loss"],
             "grad_norm": learned["grad_norm"],
             "demonstration_weight": demo_weight,
             "skipped_updates": float(idle),
-            "completions/mean_length": float(b.action.sum(-1).float().mean()),
-            "completions/clipped_ratio": float((~b.ended).float().mean()),
-            "num_tokens": float(b.action.sum()),
+            **measures.responses(b, score),
             "num_tokens_credit": float(scheme.drawn),
-            "no_verdict": float((~rows).sum()),
-            **sampler_difference(b, logp_old),
+            **measures.sampler_difference(b, logp_old),
         }
         if gold is not None:
             truth = gold(b)
-            metrics["objective/gold"] = _mean(truth.value, truth.verdict)
+            metrics["objective/gold"] = measures.mean(truth.value, truth.verdict)
         run.log(step, metrics, headline=("objective/scores", "objective/kl"))
     return policy, {}
 
@@ -158,21 +156,6 @@ def stack(first: Tensor, second: Tensor) -> Tensor:
     """Rows over rows, both padded with zeros to the wider."""
     L = max(first.shape[1], second.shape[1])
     return torch.cat([torch.nn.functional.pad(x, (0, L - x.shape[1])) for x in (first, second)])
-
-
-def sampler_difference(b: Batch, logp: Tensor) -> dict[str, float]:
-    """How far the sampler's log-probabilities are from the learner's on the same tokens, nats."""
-    if b.logp_mu is None:
-        return {}
-    difference = (logp - b.logp_mu).abs()[b.action]
-    return {
-        "sampling/sampling_logp_difference/mean": float(difference.mean()),
-        "sampling/sampling_logp_difference/max": float(difference.max()),
-    }
-
-
-def _mean(value: Tensor, rows: Tensor) -> float:
-    return float(value[rows].mean()) if bool(rows.any()) else 0.0
 
 
 def main(cfg: Config, run: Run) -> dict[str, object]:

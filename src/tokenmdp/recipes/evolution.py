@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from tokenmdp import judge, rewards, tasks
-from tokenmdp.functional import policy_loss, weights
+from tokenmdp.functional import measures, policy_loss, weights
 from tokenmdp.learner import Learner
 from tokenmdp.models import catalog
 from tokenmdp.models.policy import Policy
@@ -151,6 +151,7 @@ def train(
         # 2. Judge them. A pair of which one side has no verdict at all is left out.
         b = Batch.concat(tries)
         score = reward(b)
+        run.missing(step, b, score)
         judged, value = (x.view(2 * cfg.pairs, -1) for x in (score.verdict, score.value))
         fitness = value.sum(1) / judged.sum(1).clamp(min=1)
         whole = judged.any(1).view(-1, 2).all(1)
@@ -166,11 +167,8 @@ def train(
             "objective/scores_best": float(fitness[counted].max()) if bool(counted.any()) else 0.0,
             "evolution/fitness_std": float(fitness[counted].std(correction=0)) if bool(counted.any()) else 0.0,
             "evolution/ties": float((fitness[0::2] == fitness[1::2]).float().mean()),
-            "completions/mean_length": float(b.action.sum(-1).float().mean()),
-            "completions/clipped_ratio": float((~b.ended).float().mean()),
+            **measures.responses(b, score),
             "grad_norm": learned["grad_norm"],
-            "num_tokens": float(b.action.sum()),
-            "no_verdict": float((~score.verdict).sum()),
         }
         if gold is not None:
             truth = gold(b)

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from tokenmdp import judge, rewards, tasks
-from tokenmdp.functional import kl, policy_loss, returns, weights
+from tokenmdp.functional import kl, measures, policy_loss, returns, weights
 from tokenmdp.learner import Learner
 from tokenmdp.models import catalog
 from tokenmdp.models.parts import in_parts
@@ -159,9 +159,10 @@ def train(
         for copy in stale if step % cfg.sync == 0 else ():
             copy.follow(1.0)
         drawn, said, redrawn = rollout(cfg, sampler, sampling, reward, task, run)
+        run.missing(step, drawn, said)
         varied = returns.spread(said.value, drawn.group, said.verdict) > 0
         kept = varied.nonzero()[:, 0] if cfg.dynamic_sampling and bool(varied.any()) else torch.arange(len(drawn))
-        b, score = policy.read(drawn.select(kept)), pick(said, kept)
+        b, score = policy.read(drawn.select(kept)), said.select(kept)
         rows = score.verdict & b.ended if cfg.mask_truncated else score.verdict
 
         # 2. Look: the policy that sampled, the reference.
@@ -197,30 +198,27 @@ def train(
         divergence = kl.reverse_k1(logp_old, logp_ref).sum(-1)
         deviation = returns.spread(said.value, drawn.group, said.verdict)
         metrics = {
-            "objective/scores": _mean(said.value, said.verdict),
-            "objective/kl": _mean(divergence, rows),
-            "objective/rlhf_reward": _mean(outcome - cfg.kl * divergence, rows),
+            "objective/scores": measures.mean(said.value, said.verdict),
+            "objective/kl": measures.mean(divergence, rows),
+            "objective/rlhf_reward": measures.mean(outcome - cfg.kl * divergence, rows),
             "objective/entropy": float((old["entropy"] * weights.per_token(b.action, rows)).sum()),
-            **{name: _average(learned, name) for name in ("loss/policy_avg", "loss/kl_avg", "grad_norm")},
+            **{name: measures.average(learned, name) for name in ("loss/policy_avg", "loss/kl_avg", "grad_norm")},
             # These are means under the weights, whose sum is not 1 where slots are empty.
-            "policy/clipfrac_avg": _average(learned, "policy/clipfrac_avg", "w"),
-            "policy/approxkl_avg": _average(learned, "policy/approxkl_avg", "w"),
-            "val/ratio": _average(learned, "val/ratio", "w"),
+            "policy/clipfrac_avg": measures.average(learned, "policy/clipfrac_avg", "w"),
+            "policy/approxkl_avg": measures.average(learned, "policy/approxkl_avg", "w"),
+            "val/ratio": measures.average(learned, "val/ratio", "w"),
             "skipped_updates": float(skipped),
-            "reward": _mean(said.value, said.verdict),
-            "reward_std": _mean(deviation, said.verdict),
-            "frac_reward_zero_std": _mean((deviation == 0).float(), said.verdict),
+            "reward": measures.mean(said.value, said.verdict),
+            "reward_std": measures.mean(deviation, said.verdict),
+            "frac_reward_zero_std": measures.mean((deviation == 0).float(), said.verdict),
             "groups_redrawn": float(redrawn),
-            "completions/mean_length": float(drawn.action.sum(-1).float().mean()),
-            "completions/clipped_ratio": float((~drawn.ended).float().mean()),
-            "num_tokens": float(drawn.action.sum()),
+            **measures.responses(drawn, said),
             "num_tokens_credit": float(scheme.drawn),
-            "no_verdict": float((~said.verdict).sum()),
-            **sampler_difference(b, logp_old),
+            **measures.sampler_difference(b, logp_old),
         }
         if gold is not None:
             truth = gold(drawn)
-            metrics["objective/gold"] = _mean(truth.value, truth.verdict)
+            metrics["objective/gold"] = measures.mean(truth.value, truth.verdict)
         run.log(step, metrics, headline=("objective/scores", "objective/kl"))
     return policy, {}
 
@@ -243,43 +241,7 @@ def rollout(
         missing -= len(torch.unique(b.group[returns.spread(score.value, b.group, score.verdict) > 0]))
         if not missing:
             break
-    whole = Batch.concat(batches)
-    L = whole.tokens.shape[1]
-    tokens = [torch.nn.functional.pad(s.token, (0, L - s.token.shape[1])) for s in scores if s.token is not None]
-    return (
-        whole,
-        Score(
-            torch.cat([s.value for s in scores]),
-            torch.cat([s.verdict for s in scores]),
-            torch.cat(tokens) if len(tokens) == len(scores) else None,
-        ),
-        redrawn,
-    )
-
-
-def pick(score: Score, rows: Tensor) -> Score:
-    """The scores of the given rows."""
-    return Score(score.value[rows], score.verdict[rows], None if score.token is None else score.token[rows])
-
-
-def sampler_difference(b: Batch, logp: Tensor) -> dict[str, float]:
-    """How far the sampler's log-probabilities are from the learner's on the same tokens, nats."""
-    if b.logp_mu is None:
-        return {}
-    difference = (logp - b.logp_mu).abs()[b.action]
-    return {
-        "sampling/sampling_logp_difference/mean": float(difference.mean()),
-        "sampling/sampling_logp_difference/max": float(difference.max()),
-    }
-
-
-def _mean(value: Tensor, rows: Tensor) -> float:
-    return float(value[rows].mean()) if bool(rows.any()) else 0.0
-
-
-def _average(learned: list[dict[str, float]], name: str, over: str = "") -> float:
-    """The mean over updates; 0 where all were skipped."""
-    return sum(m[name] / (m[over] if over else 1.0) for m in learned) / max(1, len(learned))
+    return Batch.concat(batches), Score.concat(scores), redrawn
 
 
 def main(cfg: Config, run: Run) -> dict[str, object]:

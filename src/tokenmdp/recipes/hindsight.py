@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from tokenmdp import judge, rewards, tasks
-from tokenmdp.functional import imitation, weights
+from tokenmdp.functional import imitation, measures, weights
 from tokenmdp.learner import Learner
 from tokenmdp.models import catalog
 from tokenmdp.models.parts import in_parts
@@ -118,6 +118,7 @@ def train(
         # 1. Try, judge, rewrite what was asked.
         b = policy.sample(task.draw(cfg.prompts, run.rng), cfg.samples, sampling, run.rng)
         score = reward(b)
+        run.missing(step, b, score)
         met = [reward.satisfied(text) for text in b.texts]
         goals = [g if cfg.relabel or g == p.text else None for g, p in zip(met, b.prompts, strict=True)]
         shown = relabelled(b, goals, policy)
@@ -139,10 +140,7 @@ def train(
             "objective/entropy": float((entropy * weights.per_token(b.action)).sum()),
             "hindsight/kept": sum(g is not None for g in goals) / len(b),
             "hindsight/different": float(len({g for g in goals if g is not None})),
-            "completions/mean_length": float(b.action.sum(-1).float().mean()),
-            "completions/clipped_ratio": float((~b.ended).float().mean()),
-            "num_tokens": float(b.action.sum()),
-            "no_verdict": float((~score.verdict).sum()),
+            **measures.responses(b, score),
         }
         if learned:  # a round that satisfied nothing takes no optimiser step
             metrics["loss/policy_avg"] = sum(m["loss"] for m in learned) / len(learned)

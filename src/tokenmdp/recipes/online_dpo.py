@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tokenmdp import judge, rewards, tasks
-from tokenmdp.functional import preference, returns, weights
+from tokenmdp.functional import measures, preference, returns, weights
 from tokenmdp.learner import Learner
 from tokenmdp.models import catalog
 from tokenmdp.models.parts import in_parts
@@ -125,6 +125,7 @@ def train(
         # 1. Roll out on the known dynamics.
         b = policy.read(policy.sample(task.draw(cfg.prompts, run.rng), cfg.samples, sampling, run.rng))
         score = reward(b)
+        run.missing(step, b, score)
         rows = score.verdict
 
         # 2. Look: the policy that sampled, the reference.
@@ -149,47 +150,29 @@ def train(
         kl = (logp_old - logp_ref).sum(-1)
         deviation = returns.spread(score.value, b.group, rows)
         metrics = {
-            "objective/scores": _mean(score.value, rows),
-            "objective/kl": _mean(kl, rows),
-            "objective/rlhf_reward": _mean(outcome - cfg.beta * kl, rows),
+            "objective/scores": measures.mean(score.value, rows),
+            "objective/kl": measures.mean(kl, rows),
+            "objective/rlhf_reward": measures.mean(outcome - cfg.beta * kl, rows),
             "objective/entropy": float((old["entropy"] * weights.per_token(b.action, rows)).sum()),
             **{name: sum(m[name] for m in learned) / len(learned) for name in (learned[0] if learned else ())},
             "pairs": float(len(chosen)),
             "ties": float(len(b.group.unique()) - len(chosen)),
             "skipped_updates": float(not learned),
-            "reward": _mean(score.value, rows),
-            "reward_std": _mean(deviation, rows),
-            "frac_reward_zero_std": _mean((deviation == 0).float(), rows),
-            "completions/mean_length": float(b.action.sum(-1).float().mean()),
-            "completions/clipped_ratio": float((~b.ended).float().mean()),
-            "num_tokens": float(b.action.sum()),
-            "no_verdict": float((~rows).sum()),
-            **sampler_difference(b, logp_old),
+            "reward": measures.mean(score.value, rows),
+            "reward_std": measures.mean(deviation, rows),
+            "frac_reward_zero_std": measures.mean((deviation == 0).float(), rows),
+            **measures.responses(b, score),
+            **measures.sampler_difference(b, logp_old),
         }
         if gold is not None:
             truth = gold(b)
-            metrics["objective/gold"] = _mean(truth.value, truth.verdict)
+            metrics["objective/gold"] = measures.mean(truth.value, truth.verdict)
         run.log(step, metrics, headline=("objective/scores", "objective/kl"))
     return policy, {}
 
 
-def sampler_difference(b: Batch, logp: Tensor) -> dict[str, float]:
-    """How far the sampler's log-probabilities are from the learner's on the same tokens, nats."""
-    if b.logp_mu is None:
-        return {}
-    difference = (logp - b.logp_mu).abs()[b.action]
-    return {
-        "sampling/sampling_logp_difference/mean": float(difference.mean()),
-        "sampling/sampling_logp_difference/max": float(difference.max()),
-    }
-
-
 def _same(b: Batch, i: int, j: int) -> bool:
     return bool(torch.equal(b.tokens[i][b.action[i]], b.tokens[j][b.action[j]]))
-
-
-def _mean(value: Tensor, rows: Tensor) -> float:
-    return float(value[rows].mean()) if bool(rows.any()) else 0.0
 
 
 def main(cfg: Config, run: Run) -> dict[str, object]:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from tokenmdp import judge, rewards, tasks
-from tokenmdp.functional import policy_loss, returns, weights
+from tokenmdp.functional import measures, policy_loss, returns, weights
 from tokenmdp.learner import Learner
 from tokenmdp.models import catalog
 from tokenmdp.models.heads import Critic
@@ -126,6 +126,7 @@ def train(
         # 1. Roll out on the known dynamics.
         b = policy.read(policy.sample(task.draw(cfg.prompts, run.rng), cfg.samples, sampling, run.rng))
         score = reward(b)
+        run.missing(step, b, score)
         rows = score.verdict
 
         # 2. Look: the policy that sampled, the reference, the critic.
@@ -144,11 +145,15 @@ def train(
 
         # 4. Learn: the policy conservatively, the critic by regression.
         learned: list[dict[str, float]] = []
+        skipped = 0
         for _ in range(cfg.epochs):
             for part in torch.randperm(len(b), generator=run.rng).chunk(cfg.minibatches):
                 mini = b.select(part)
                 L = mini.tokens.shape[1]
                 w = weights.per_token(mini.action, rows=rows[part])
+                if not bool((w > 0).any()):  # no row has a verdict: a step would only carry Adam's momentum on
+                    skipped += 1
+                    continue
                 columns = {"advantage": advantage[part, :L], "logp_old": logp_old[part, :L]}
                 acted = actor.step(actor_loss, mini, w, **columns)
                 kept = {} if critic.body_trains else {"states": states[part, :L]}
@@ -158,82 +163,46 @@ def train(
         # 5. Say what happened.
         kl = ((logp_old - logp_ref) * b.action).sum(-1)
         metrics = {
-            "objective/scores": _mean(score.value, rows),
-            "objective/kl": _mean(kl, rows),
-            "objective/rlhf_reward": _mean(outcome - beta.value * kl, rows),
+            "objective/scores": measures.mean(score.value, rows),
+            "objective/kl": measures.mean(kl, rows),
+            "objective/rlhf_reward": measures.mean(outcome - beta.value * kl, rows),
             "objective/entropy": float((old["entropy"] * per_token).sum()),
             "objective/kl_coefficient": beta.value,
-            "loss/policy_avg": _average(learned, "loss"),
-            **{name: _average(learned, name) for name in ("policy/clipfrac_avg", "policy/approxkl_avg", "val/ratio")},
-            **{name: _average(learned, name) for name in ("loss/value_avg", "grad_norm", "critic_grad_norm")},
-            "val/explained_variance": explained_variance(value, return_, per_token),
-            "completions/mean_length": float(b.action.sum(-1).float().mean()),
-            "completions/clipped_ratio": float((~b.ended).float().mean()),
-            "num_tokens": float(b.action.sum()),
+            "loss/policy_avg": measures.average(learned, "loss"),
+            **{
+                name: measures.average(learned, name)
+                for name in ("policy/clipfrac_avg", "policy/approxkl_avg", "val/ratio")
+            },
+            **{name: measures.average(learned, name) for name in ("loss/value_avg", "grad_norm", "critic_grad_norm")},
+            "skipped_updates": float(skipped),
+            "val/explained_variance": measures.explained_variance(value, return_, per_token),
+            **measures.responses(b, score),
             "num_tokens_credit": float(scheme.drawn),
-            "no_verdict": float((~rows).sum()),
-            **sampler_difference(b, logp_old),
+            **measures.sampler_difference(b, logp_old),
         }
         if gold is not None:
             truth = gold(b)
-            metrics["objective/gold"] = _mean(truth.value, truth.verdict)
+            metrics["objective/gold"] = measures.mean(truth.value, truth.verdict)
         if step == 0:
-            run.append("gate.jsonl", gate(policy, reference, b, logp_old, logp_ref, learned[0], metrics))
+            run.append("gate.jsonl", gate(policy, logp_old, logp_ref, learned, metrics))
         run.log(step, metrics, headline=("objective/scores", "objective/kl"))
         beta.update(metrics["objective/kl"])
     return policy, {}
 
 
 def gate(
-    policy: Policy,
-    reference: Policy,
-    b: Batch,
-    logp_old: Tensor,
-    logp_ref: Tensor,
-    first: dict[str, float],
-    metrics: dict[str, float],
+    policy: Policy, logp_old: Tensor, logp_ref: Tensor, learned: list[dict[str, float]], metrics: dict[str, float]
 ) -> dict[str, Any]:
     """What must hold before the first update: ratio 1, KL to the reference 0, sampler and learner agree; measured,
     not assumed.
     """
     return {
-        "ratio_first_update": first["val/ratio"],
+        "ratio_first_update": learned[0]["val/ratio"] if learned else None,
         "kl_reference": float((logp_old - logp_ref).abs().max()),
         "sampler_learner_max_difference": metrics["sampling/sampling_logp_difference/max"],
         "compute": policy.paths["compute"],
         "paths": policy.paths,
     }
-
-
-def sampler_difference(b: Batch, logp: Tensor) -> dict[str, float]:
-    """How far the sampler's log-probabilities are from the learner's on the same tokens, nats."""
-    if b.logp_mu is None:
-        return {}
-    difference = (logp - b.logp_mu).abs()[b.action]
-    return {
-        "sampling/sampling_logp_difference/mean": float(difference.mean()),
-        "sampling/sampling_logp_difference/max": float(difference.max()),
-    }
-
-
-def explained_variance(value: Tensor, return_: Tensor, weight: Tensor) -> float:
-    """1 − Var(return − value) / Var(return) over action tokens; 0 when all returns are equal."""
-    total = float(weight.sum())
-
-    def variance(x: Tensor) -> float:
-        mean = (weight * x).sum() / total
-        return float((weight * (x - mean) ** 2).sum() / total)
-
-    spread = variance(return_)
-    return 1 - variance(return_ - value) / spread if spread > 0 else 0.0
-
-
-def _mean(value: Tensor, rows: Tensor) -> float:
-    return float(value[rows].mean()) if bool(rows.any()) else 0.0
-
-
-def _average(learned: list[dict[str, float]], name: str) -> float:
-    return sum(m[name] for m in learned) / len(learned)
 
 
 def main(cfg: Config, run: Run) -> dict[str, object]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from tokenmdp import judge, rewards, tasks
-from tokenmdp.functional import imitation, returns, weights
+from tokenmdp.functional import imitation, measures, returns, weights
 from tokenmdp.learner import Learner
 from tokenmdp.models import catalog
 from tokenmdp.models.parts import in_parts
@@ -101,6 +101,7 @@ def train(
         # 1. Sample, judge, choose.
         b = sampler.sample(task.draw(cfg.prompts, run.rng), cfg.samples, sampling, run.rng)
         score = reward(b)
+        run.missing(step, b, score)
         rows = score.verdict
         seen = look(sampler, b, "logp", "entropy")
         kl = ((seen["logp"] - look(reference, b, "logp")["logp"]) * b.action).sum(-1)
@@ -117,32 +118,25 @@ def train(
 
         # 3. Say what happened.
         metrics = {
-            "objective/scores": _mean(score.value, rows),
-            "objective/rlhf_reward": _mean(outcome, rows),
+            "objective/scores": measures.mean(score.value, rows),
+            "objective/rlhf_reward": measures.mean(outcome, rows),
             "objective/entropy": float((seen["entropy"] * weights.per_token(b.action, rows)).sum()),
-            "reward": _mean(score.value, rows),
-            "reward_std": _mean(deviation, rows),
-            "frac_reward_zero_std": _mean((deviation == 0).float(), rows),
-            "completions/mean_length": float(b.action.sum(-1).float().mean()),
-            "completions/clipped_ratio": float((~b.ended).float().mean()),
-            "num_tokens": float(b.action.sum()),
-            "no_verdict": float((~rows).sum()),
+            "reward": measures.mean(score.value, rows),
+            "reward_std": measures.mean(deviation, rows),
+            "frac_reward_zero_std": measures.mean((deviation == 0).float(), rows),
+            **measures.responses(b, score),
         }
         if learned:  # a round without any best response takes no optimiser step
             metrics["objective/scores_best"] = float(score.value[chosen].mean())
             metrics["loss/policy_avg"] = sum(m["loss"] for m in learned) / len(learned)
             metrics["grad_norm"] = sum(m["grad_norm"] for m in learned) / len(learned)
         if sampler is policy:  # of the reference's samples it would be 0 and say nothing of the policy
-            metrics["objective/kl"] = _mean(kl, rows)
+            metrics["objective/kl"] = measures.mean(kl, rows)
         if gold is not None:
             truth = gold(b)
-            metrics["objective/gold"] = _mean(truth.value, truth.verdict)
+            metrics["objective/gold"] = measures.mean(truth.value, truth.verdict)
         run.log(step, metrics, headline=("objective/scores", "objective/kl"))
     return policy, {}
-
-
-def _mean(value: Tensor, rows: Tensor) -> float:
-    return float(value[rows].mean()) if bool(rows.any()) else 0.0
 
 
 def main(cfg: Config, run: Run) -> dict[str, object]:

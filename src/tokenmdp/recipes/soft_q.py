@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from tokenmdp import judge, rewards, tasks
-from tokenmdp.functional import value_loss, weights
+from tokenmdp.functional import measures, value_loss, weights
 from tokenmdp.learner import Learner
 from tokenmdp.models import catalog, soft
 from tokenmdp.models.parts import in_parts
@@ -98,6 +98,7 @@ def train(
         # 1. Sample from the policy of some phases ago, judge.
         b = behaviour.sample(task.draw(cfg.prompts, run.rng), cfg.samples, sampling, run.rng)
         score = reward(b)
+        run.missing(step, b, score)
         rows = score.verdict
         now, logp_ref = look(policy, b, "logp", "entropy"), look(reference, b, "logp")["logp"]
 
@@ -127,28 +128,21 @@ def train(
         kl = ((b.logp_mu - logp_ref) * b.action).sum(-1)
         off = (now["logp"] - b.logp_mu).abs()[b.action]
         metrics = {
-            "objective/scores": _mean(score.value, rows),
-            "objective/kl": _mean(kl, rows),
-            "objective/rlhf_reward": _mean(outcome - cfg.kl * kl, rows),
+            "objective/scores": measures.mean(score.value, rows),
+            "objective/kl": measures.mean(kl, rows),
+            "objective/rlhf_reward": measures.mean(outcome - cfg.kl * kl, rows),
             "objective/entropy": float((now["entropy"] * weights.per_token(b.action, rows)).sum()),
             "loss/value_avg": sum(m["loss"] for m in learned) / len(learned),
             "grad_norm": sum(m["grad_norm"] for m in learned) / len(learned),
-            "completions/mean_length": float(b.action.sum(-1).float().mean()),
-            "completions/clipped_ratio": float((~b.ended).float().mean()),
+            **measures.responses(b, score),
             "sampling/sampling_logp_difference/mean": float(off.mean()),
             "sampling/sampling_logp_difference/max": float(off.max()),
-            "num_tokens": float(b.action.sum()),
-            "no_verdict": float((~rows).sum()),
         }
         if gold is not None:
             truth = gold(b)
-            metrics["objective/gold"] = _mean(truth.value, truth.verdict)
+            metrics["objective/gold"] = measures.mean(truth.value, truth.verdict)
         run.log(step, metrics, headline=("objective/scores", "objective/kl"))
     return policy, {}
-
-
-def _mean(value: Tensor, rows: Tensor) -> float:
-    return float(value[rows].mean()) if bool(rows.any()) else 0.0
 
 
 def main(cfg: Config, run: Run) -> dict[str, object]:

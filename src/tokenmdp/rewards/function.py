@@ -21,7 +21,6 @@ import sys
 import threading
 import time
 import weakref
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -74,11 +73,6 @@ class FunctionReward:
             its own verdict only.
         max_missing: the largest share of a batch that may lack a verdict, in [0, 1].
 
-    Attributes:
-        rows: responses judged so far.
-        missing: those of them without a verdict.
-        reasons: how often each reason for "no verdict" occurred.
-
     Raises:
         ValueError: the function cannot be found, loaded or called like this, or an argument is outside its range.
     """
@@ -104,7 +98,6 @@ class FunctionReward:
             self._call = InThread(function)
         self.name = name or called
         self.timeout_seconds, self.max_missing = timeout_seconds, max_missing
-        self.rows, self.missing, self.reasons = 0, 0, Counter[str]()
         if "completions" not in self._call.wants.names and not self._call.wants.everything:
             raise ValueError(
                 f"reward function {self.name}({', '.join(self._call.wants.names)}) takes no argument called "
@@ -112,7 +105,7 @@ class FunctionReward:
             )
 
     def __call__(self, batch: Batch) -> Score:
-        """Scores of a batch.
+        """Scores of a batch; why a row has no verdict is in `reasons`.
 
         Raises:
             RewardFailure: more than `max_missing` of the rows have no verdict.
@@ -123,9 +116,6 @@ class FunctionReward:
         except worker.WrongAnswer as error:
             raise ValueError(f"reward function {self.name} {error}") from None
         reasons = [(b, row) for b, row in enumerate(rows) if isinstance(row, str)]
-        self.rows += len(rows)
-        self.missing += len(reasons)
-        self.reasons.update(reason for _, reason in reasons)
         if len(reasons) > self.max_missing * len(batch):
             first = "; ".join(f"row {b}: {reason}" for b, reason in reasons[:3])
             raise RewardFailure(
@@ -204,7 +194,8 @@ class FunctionReward:
                 value[b] = sum(row)
         verdict = torch.tensor([not isinstance(row, str) for row in rows])
         device = batch.tokens.device
-        return Score(value.to(device), verdict.to(device), token.to(device) if per_token else None)
+        reasons = {b: row for b, row in enumerate(rows) if isinstance(row, str)}
+        return Score(value.to(device), verdict.to(device), token.to(device) if per_token else None, reasons=reasons)
 
 
 class InThread:

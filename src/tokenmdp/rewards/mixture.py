@@ -24,10 +24,6 @@ class Mixture:
         parts: weight (reward units of the mixture, one of the part's) and reward of each part.
         name: for logs; the sum as written if not given.
 
-    Attributes:
-        parts: the mean score of each part over the last batch, of its own verdicts and unweighted, by the part's name.
-            A part without any verdict there is absent.
-
     Raises:
         ValueError: there is no part, or a weight is not finite.
     """
@@ -41,26 +37,22 @@ class Mixture:
         self.weighted = tuple((float(weight), reward) for weight, reward in parts)
         self.names = _apart([reward.name for _, reward in parts])
         self.name = name or " + ".join(f"{w:g}*{n}" for (w, _), n in zip(self.weighted, self.names, strict=True))
-        self.parts: dict[str, float] = {}
 
     def __call__(self, batch: Batch) -> Score:
-        """Scores of a batch; the means of its parts are left in `parts`."""
+        """Scores of a batch, with what each part said in `parts`."""
         scores = [reward(batch) for _, reward in self.weighted]
-        self.parts = {
-            name: float(score.value[score.verdict].mean())
-            for name, score in zip(self.names, scores, strict=True)
-            if bool(score.verdict.any())
-        }
+        parts = dict(zip(self.names, scores, strict=True))
+        reasons = {row: f"{name}: {why}" for name, part in parts.items() for row, why in part.reasons.items()}
         weights = [weight for weight, _ in self.weighted]
         verdict = torch.stack([score.verdict for score in scores]).all(0)
         value = sum((w * s.value for w, s in zip(weights, scores, strict=True)), torch.zeros_like(scores[0].value))
         value = torch.where(verdict, value, torch.zeros_like(value))
         if all(score.token is None for score in scores):
-            return Score(value, verdict)
+            return Score(value, verdict, None, parts, reasons)
         token = torch.zeros(batch.tokens.shape, dtype=value.dtype, device=value.device)
         for weight, score in zip(weights, scores, strict=True):
             token = token + weight * _by_token(score, batch)
-        return Score(value, verdict, torch.where(verdict[:, None], token, torch.zeros_like(token)))
+        return Score(value, verdict, torch.where(verdict[:, None], token, torch.zeros_like(token)), parts, reasons)
 
 
 def _by_token(score: Score, batch: Batch) -> Tensor:

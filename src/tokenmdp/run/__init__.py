@@ -3,7 +3,7 @@
     config.json     the resolved config, the seed, versions, threads, the command line
     metrics.jsonl   one object a step; follows from config, seed and threads alone, so two runs compare byte by byte
     times.jsonl     the wall-clock that belongs to each line of metrics.jsonl
-    samples.jsonl   and whatever else `Run.append` wrote
+    samples.jsonl   and whatever else `Run.append` wrote: no_verdict.jsonl, the responses a reward could not judge
     checkpoints/    step-000040.safetensors (40 steps done) with its step-000040.sha256, the newest few
     log.txt         what the run said, with the time of day
     result.json     written last: a run is finished when it is there
@@ -57,6 +57,7 @@ from tokenmdp.run.files import (
     writing,
 )
 from tokenmdp.run.screen import Bar, Screen, clock
+from tokenmdp.types import Batch, Score
 
 __all__ = ["Bar", "Run", "RunExists", "Stateful"]
 
@@ -389,6 +390,16 @@ class Run:
         data = to_json(obj, indent=None)
         with writing(path, len(data)), open(path, "ab") as file:
             file.write(data)
+
+    def missing(self, step: int, batch: Batch, score: Score, most: int = 20) -> None:
+        """Keep the first responses of a step that got no verdict, and why, in no_verdict.jsonl."""
+        for row in (~score.verdict).nonzero()[:most, 0].tolist():
+            p = batch.prompts[row]
+            why = score.reasons.get(row, "the reward gave no finite number")
+            self.append(
+                "no_verdict.jsonl",
+                {"step": step, "row": p.row, "why": why, "prompt": p.text, "text": batch.texts[row]},
+            )
 
     def progress(self, total: int, title: str, unit: str = "") -> Bar:
         """A bar for work inside a step or beside the steps: `with run.progress(64, "sampling", "rows") as bar: ...`."""
