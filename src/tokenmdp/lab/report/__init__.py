@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from tokenmdp.lab.report import captions, demo_page, record, responses
+from tokenmdp.lab.report import captions, compare_page, demo_page, record, responses
 from tokenmdp.lab.report.folder import Figures, RunFolder, read
 from tokenmdp.lab.report.words import marked, visible
 
@@ -29,8 +29,9 @@ def build(folder: str | Path) -> Path:
     """Write `report.html` into a run folder.
 
     Args:
-        folder: any run folder. With a summary.json in it the page is the demo's; else it shows config, results, curves,
-            responses and the end of the log. What is missing is said in a sentence, what is broken in a note.
+        folder: any run folder. With a summary.json in it the page is the demo's, or that of a comparison; else it shows
+            config, results, curves, responses and the end of the log. What is missing is said in a sentence, what is
+            broken in a note.
 
     Returns:
         The path of the page; it appears there whole or not at all.
@@ -77,6 +78,8 @@ def render(run: RunFolder) -> str:
         "coloured": responses.coloured(run.samples, SHEETS, names),
         "log": record.log_table(run),
     }
+    if summary.text("kind") == "compare":
+        return environment.get_template("compare.html.jinja").render(**context, **compare_page.sections(run, summary))
     if run.summary is not None:
         return environment.get_template("demo.html.jinja").render(**context, **demo_page.sections(run, summary))
     context |= {"tiles": record.key_results(run.result), "curves": record.curves_of(run)}

@@ -68,18 +68,21 @@ def curves_of(run: RunFolder, without: set[tuple[str, str]] | None = None) -> li
 
 
 def key_results(result: Mapping[str, Any], most: int = 8) -> list[dict[str, Any]]:
-    """The first figures of result.json as tiles."""
-    rows = [(name, x) for name, x in _numbers(result)]
-    return [{"label": name, "value": fine(x), "under": "", "role": "ink", "bar": None} for name, x in rows[:most]]
+    """The first figures of result.json as tiles, a mean with its interval as one."""
+    rows = _numbers(result)[:most]
+    return [{"label": name, "value": fine(x), "under": under, "role": "ink", "bar": None} for name, x, under in rows]
 
 
-def _numbers(value: Mapping[str, Any], before: str = "") -> list[tuple[str, float]]:
-    rows: list[tuple[str, float]] = []
+def _numbers(value: Mapping[str, Any], before: str = "") -> list[tuple[str, float, str]]:
+    rows: list[tuple[str, float, str]] = []
     for key, inner in value.items():
-        if isinstance(inner, Mapping):
+        if isinstance(inner, Mapping) and (x := number(inner.get("mean"))) is not None:
+            low, high = number(inner.get("low")), number(inner.get("high"))
+            rows.append((f"{before}{key}", x, "" if low is None or high is None else f"{fine(low)} to {fine(high)}"))
+        elif isinstance(inner, Mapping):
             rows += _numbers(inner, f"{before}{key}.")
         elif (x := number(inner)) is not None:
-            rows.append((f"{before}{key}", x))
+            rows.append((f"{before}{key}", x, ""))
     return rows
 
 
