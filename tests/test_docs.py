@@ -162,7 +162,9 @@ def test_every_metric_a_recipe_logs_is_in_the_dictionary_and_none_besides():
     rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
     described = {span for row in rows for span in _SPAN.findall(row)}
     assert logged - described == set(), "logged, but docs/dictionary.md does not say what it is"
-    assert {name for name in described if is_metric.fullmatch(name)} - logged == set(), "described, but no recipe logs it"
+    assert {name for name in described if is_metric.fullmatch(name)} - logged == set(), (
+        "described, but no recipe logs it"
+    )
 
 
 def test_these_checks_see_what_is_wrong(tmp_path: Path):

@@ -310,6 +310,6 @@ def check_loss(loss: Loss, data: Data, weight: Tensor, tolerance: float = 1e-5, 
         gap = torch.where(used, (found - want).abs(), torch.zeros_like(want))
         _keep(
             bool((gap <= tolerance * (1 + want.abs())).all()),
-            f"the loss of rows {rows[:4]} changes by {float(gap.detach().max()):g} with the rows beside them: average nothing inside a loss, "
+            f"the loss of rows {rows[:4]} changes by {float(gap.detach().max()):g} with the rows beside them: average nothing in a loss, "
             "compare rows before the learner's step",
         )
