@@ -1,0 +1,279 @@
+"""The comparison: each solver gets what it needs, the figures are right by hand, and kill -9 changes none of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tiny_models import batch
+from tiny_recipes import liking, policy, task
+from tokenmdp import config
+from tokenmdp.lab import compare, ranking, report, solvers
+from tokenmdp.run import Run
+from tokenmdp.types import Score
+
+SMALL: dict[str, Any] = {
+    "solvers": "rloo", "seeds": 2, "budget_tokens": 600, "warm_steps": 20, "prompts": 4, "samples": 4, "held_out": 12,
+    "answers": 2, "max_new_tokens": 4,
+}  # fmt: skip
+
+
+def given(**changes: Any) -> solvers.Given:
+    settings: dict[str, Any] = {
+        "start": policy().freeze(), "task": task(), "reward": liking(), "tokens": 400, "length": 4.0, "prompts": 4,
+        "samples": 4, "max_new_tokens": 5, "kl": 0.02, "train": "all", "micro_tokens": 400,
+    }  # fmt: skip
+    return solvers.Given(**{**settings, **changes})
+
+
+# ------------------------------------------------------------ what solvers are given
+
+
+def test_every_solver_of_the_table_can_be_given_what_it_needs():
+    """All settings exist in the recipes and are in range, and the same number of responses a phase comes out."""
+    for name, solver in solvers.available().items():
+        if solver.family in ("baseline", "decoding"):
+            continue
+        cfg = solver.config(given(), solver.module(), steps=3, rows=16, samples=4, kl=0.02)
+        assert cfg.learning_rate == solver.learning_rate, name
+        assert getattr(cfg, "steps", 3) == 3, name
+    names = [solver.name for solver in solvers.TABLE]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("name", ["rloo", "remax", "dapo", "evolution"])
+def test_an_online_solver_stops_where_its_tokens_are_spent(name: str, tmp_path: Path):
+    """Whatever a phase costs (a greedy response more, groups drawn anew, pairs of tries): within half a phase."""
+    solver = solvers.available()[name]
+    asked = given(tokens=500, samples=2, prompts=8)
+    with Run.open(tmp_path / "run", {}, 0) as run:
+        trained = solver.solve(solver, asked, run)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    spent = [line["num_tokens"] for line in lines]
+    assert trained.tokens == sum(spent)
+    assert abs(sum(spent) - 500) <= max(spent)
+    assert sum(spent[:-1]) < 500
+    assert len(compare.curve(tmp_path / "run")) == len(lines)
+
+
+def test_a_log_spends_the_tokens_and_has_a_prompt_of_its_own_for_every_row(tmp_path: Path):
+    asked = given(tokens=700)
+    with Run.open(tmp_path / "run", {}, 0) as run:
+        logged, score = solvers.log(asked, run)
+    assert 700 <= int(logged.action.sum()) < 700 + 4 * 5 * solvers.CHUNK
+    assert len({id(p) for p in logged.prompts}) == len(logged) == len(score.value)
+    first = [p.row for p in logged.prompts[:: asked.samples]]
+    assert len(set(first[: len(task().train)])) == min(len(first), len(task().train))  # none twice before all once
+
+
+def test_pairs_by_hand():
+    """Prompt 0 scores 3, 1, 1, 2: the best with the worst, then 2 with the other 1. Prompt 1 is all equal: no pair."""
+    rows = batch([([1, 2], [3 + i]) for i in range(4)] + [([2, 2], [5]), ([2, 2], [6])])
+    rows = replace(rows, group=torch.tensor([0, 0, 0, 0, 1, 1]))
+    pairs = solvers.ranked(rows, Score.of(torch.tensor([3.0, 1.0, 1.0, 2.0, 7.0, 7.0])))
+    sides = [(int(c[2]), int(r[2])) for c, r in zip(pairs.chosen.tokens, pairs.rejected.tokens, strict=True)]
+    assert sides == [(3, 5), (6, 4)]
+    with pytest.raises(ValueError, match="none of the 2 responses scores above another"):
+        solvers.ranked(rows.select([4, 5]), Score.of(torch.ones(2)))
+
+
+def test_a_response_without_a_verdict_is_in_no_pair():
+    rows = replace(batch([([1], [3]), ([1], [4]), ([1], [5])]), group=torch.zeros(3, dtype=torch.long))
+    pairs = solvers.ranked(rows, Score.of(torch.tensor([1.0, float("nan"), 0.0])))
+    assert [int(pairs.chosen.tokens[0, 1]), int(pairs.rejected.tokens[0, 1])] == [3, 5]
+
+
+# ------------------------------------------------------------ what is said of the results
+
+
+def result(solver: str, scores: list[float], family: str = "online", **more: Any) -> dict[str, Any]:
+    about = {
+        "learning_rate": 1e-3,
+        "failure": "",
+        "message": "",
+        "greedy": 0.5,
+        "kl": 0.1,
+        "tokens": 100,
+        "seconds": 2.0,
+    }
+    return {"solver": solver, "family": family, "scores": scores, "curve": [[50, 0.2], [100, 0.4]], **about, **more}
+
+
+def made_up(seeds: int = 5) -> dict[str, list[dict[str, Any]]]:
+    """Ten prompts: a start that is right at a few of them, one solver far above it, one that breaks and one that idles."""
+    base = [0.0, 0.2, 0.1, 0.3, 0.0, 0.2, 0.1, 0.3, 0.2, 0.1]
+    good = [[min(1.0, x + 0.4 + 0.01 * (s + i % 3)) for i, x in enumerate(base)] for s in range(seeds)]
+    return {
+        "start": [result("start", base, "baseline") for _ in range(seeds)],
+        "sft-more": [result("sft-more", [x + 0.1 + 0.01 * s * (i % 2) for i, x in enumerate(base)], "baseline") for s in range(seeds)],
+        "good": [result("good", g) for g in good],
+        "idle": [result("idle", base) for _ in range(seeds)],
+        "broken": [
+            result("broken", [] if s < 2 else good[s], failure="crash" if s < 2 else "", message="ValueError: <b>bad</b>" if s < 2 else "")
+            for s in range(seeds)
+        ],
+    }  # fmt: skip
+
+
+def test_the_rows_by_hand():
+    rows = {row["solver"]: row for row in ranking.rows_of(made_up(), solvers.BASELINES)}
+    assert rows["start"]["iqm"]["mean"] == pytest.approx(0.15)
+    assert rows["start"]["iqm"]["low"] is None  # five runs that are all alike have no interval
+    # Seeds of `good` end 0.4 + 0.01 (s + 0.9) above the start, whose mean is 0.15: the middle three have s = 1, 2, 3.
+    assert rows["good"]["iqm"]["mean"] == pytest.approx(0.15 + 0.4 + 0.01 * (2 + 0.9))
+    assert rows["good"]["improvement"]["start"]["mean"] == 1.0
+    assert rows["good"]["failed"] == 0
+    # A run without a policy counts as its start.
+    assert rows["broken"]["scores"][:2] == pytest.approx([0.15, 0.15])
+    assert rows["broken"]["failures"] == {"crash": 2, "non-finite": 0, "not better": 0}
+    assert rows["broken"]["messages"] == ["ValueError: <b>bad</b>"]
+    assert rows["idle"]["failures"]["not better"] == 5
+    assert rows["idle"]["improvement"]["start"]["mean"] == 0.5
+    assert next(row["solver"] for row in ranking.rows_of(made_up(), solvers.BASELINES)) == "good"
+
+
+def test_the_verdict_says_what_differs_and_what_does_not():
+    said = ranking.verdict(ranking.rows_of(made_up(), solvers.BASELINES), 5)
+    assert said[0].startswith("1 of 3 solvers beat their start significantly at every seed; good ends highest")
+    assert said[1] == "No significant difference between good and broken; it is significantly better than the 1 other."
+    assert "significantly above it: good; significantly below it: idle; not significantly different: broken" in said[2]
+    assert said[3] == "Failures: broken (crash at 2 of 5 seeds), idle (not better at 5 of 5 seeds)."
+    few = ranking.verdict(ranking.rows_of(made_up(3), solvers.BASELINES), 3)
+    assert "cannot be said from 3 seeds" in few[1]
+
+
+# ------------------------------------------------------------ the verb
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"solvers": "rlo"}, "no solver 'rlo'; did you mean 'rloo'"),
+        ({"solvers": " , "}, "no solver was asked for"),
+        ({"seeds": 0}, "seeds is 0"),
+        ({"rate": 0.0}, "rate=0.0"),
+    ],
+)
+def test_bad_settings_are_errors_that_name_them(changes: dict[str, Any], match: str, tmp_path: Path):
+    with pytest.raises(ValueError, match=match), Run.open(tmp_path / "run", {}, 0) as run:
+        compare.main(compare.Config(**{**SMALL, **changes}), run)
+
+
+def run_here(folder: Path, **changes: Any) -> dict[str, Any]:
+    """The small comparison in this process."""
+    cfg = compare.Config(**{**SMALL, **changes})
+    with Run.open(folder, config.plain(cfg), 0, resume=True) as run:
+        run.finish(compare.main(cfg, run))
+    return dict(json.loads((folder / "summary.json").read_text()))
+
+
+def facts(folder: Path) -> dict[str, Any]:
+    """Everything of a comparison that must not depend on when it was killed, or on the number of workers."""
+    found: dict[str, Any] = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("metrics.jsonl")}
+    summary = json.loads((folder / "summary.json").read_text())
+    rows = [{k: v for k, v in row.items() if k != "seconds"} for row in summary["rows"]]
+    return {**found, "rows": rows, "verdict": summary["verdict"]}
+
+
+def test_a_comparison_that_learns_nothing_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """The start knows nothing after 20 steps: what needs a success to learn from fails, is counted, and stops nobody."""
+    found = run_here(tmp_path, solvers="awr,rloo", seeds=2)
+    assert "P(> start)" in capsys.readouterr().out
+    rows = {row["solver"]: row for row in found["rows"]}
+    assert set(rows) == {"start", "sft-more", "rloo", "awr"}
+    assert [rows[name]["failed"] for name in ("start", "sft-more", "rloo", "awr")] == [0, 2, 2, 2]
+    assert rows["start"]["tokens"] == 0
+    assert rows["rloo"]["tokens"] == pytest.approx(600, rel=0.2)
+    assert not list(tmp_path.glob("*-seed-*/checkpoints"))
+
+
+def test_kill_9_and_workers_leave_the_figures_as_they_are(tmp_path: Path):
+    size = {"solvers": "rloo", "seeds": 1, "budget_tokens": 4000}
+    run_here(tmp_path / "whole", **size)
+    size["workers"] = 2
+    flags = [word for k, v in {**SMALL, **size}.items() for word in (f"--{k.replace('_', '-')}", str(v))]
+    line = [sys.executable, "-m", "tokenmdp", "compare", *flags, "--threads", "1", "--out", str(tmp_path / "killed")]
+    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    begun = tmp_path / "killed" / "rloo-seed-0" / "metrics.jsonl"
+    while process.poll() is None and not (begun.exists() and begun.stat().st_size):
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (begun.parent / "result.json").exists(), "it was to be killed, and had ended"
+    length, again = begun.stat().st_size, -1
+    while length != again:  # its workers end by themselves, at once
+        length, again = again, begun.stat().st_size
+        time.sleep(0.3)
+    run_here(tmp_path / "killed", **size)
+    assert facts(tmp_path / "killed") == facts(tmp_path / "whole")
+
+
+def test_tuning_never_sees_what_the_comparison_judges_by(tmp_path: Path):
+    cfg = compare.Config(**{**SMALL, "warm_steps": 0})
+    with Run.open(tmp_path / "run", config.plain(cfg), 0) as run:
+        lab = compare.Lab(cfg, run)
+        tuned, by = lab.given(compare.Trial("rloo", 0, 1 / 3, tuning=True))
+        plain, judged = lab.given(compare.Trial("rloo", 0, 1.0))
+    assert len(by) == len(judged) == 12
+    assert not {p.ids for p in by} & {p.ids for p in judged}
+    assert not {p.ids for p in by} & {p.ids for p in tuned.task.train}
+    assert plain.task.train == lab.task.train
+    assert tuned.rate == pytest.approx(plain.rate / 3)
+
+
+# ------------------------------------------------------------ the page
+
+
+class Ids(HTMLParser):
+    """The ids of a page, and what it links to."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.anchors: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.ids += [found["id"]] if found.get("id") else []
+        self.anchors += [found["href"][1:]] if (found.get("href") or "").startswith("#") else []
+
+
+def summary_of(rows: list[dict[str, Any]], seeds: int) -> dict[str, Any]:
+    about = {"kind": "compare", "title": "Solvers side by side: addition", "task": "addition", "seeds": seeds}
+    return {**about, "budget_tokens": 100, "verdict": ranking.verdict(rows, seeds), "rows": rows}
+
+
+@pytest.mark.parametrize("seeds", [1, 5])
+def test_the_page_shows_every_solver_and_loads_nothing(seeds: int, tmp_path: Path):
+    rows = ranking.rows_of(made_up(seeds), solvers.BASELINES)
+    (tmp_path / "summary.json").write_text(json.dumps(summary_of(rows, seeds)))
+    page = report.build(tmp_path).read_text()
+    assert all(f">{name}<" in page for name in made_up())
+    assert "<b>bad</b>" not in page
+    assert "&lt;b&gt;bad&lt;/b&gt;" in page
+    assert "<script" not in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    parsed = Ids(page)
+    assert len(set(parsed.ids)) == len(parsed.ids)
+    assert set(parsed.anchors) <= set(parsed.ids)
+
+
+def test_the_page_says_what_is_missing(tmp_path: Path):
+    (tmp_path / "summary.json").write_text(
+        json.dumps({"kind": "compare", "rows": [{"solver": "odd", "scores": ["x"]}]})
+    )
+    page = report.build(tmp_path).read_text()
+    assert "No verdict here" in page
+    assert "No learning curves here" in page
