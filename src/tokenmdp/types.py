@@ -49,12 +49,20 @@ class Read:
 
     Attributes:
         states: [B, L, D] what leaves the last of these blocks; a constant.
-        path: the blocks: their number, the addresses of their weights and the compute type. A model with another path
-            must read the tokens itself.
+        tokens: [B, L] what was read. Other tokens must be read anew.
+        blocks: how many blocks.
+        weights: the weights it went through, each with how often it had been changed. A model with other weights, or
+            with these changed since, must read the tokens itself.
     """
 
     states: Float[Tensor, "B L D"]
-    path: tuple[Any, ...]
+    tokens: Int[Tensor, "B L"]
+    blocks: int
+    weights: tuple[tuple[Tensor, int], ...]
+
+    def select(self, index: Tensor, length: int) -> Read:
+        """The given rows, cut to a length."""
+        return Read(self.states[index, :length], self.tokens[index, :length], self.blocks, self.weights)
 
 
 @dataclass(frozen=True)
@@ -141,7 +149,7 @@ class Batch:
             texts=tuple(self.texts[i] for i in picked),
             group=self.group[index],
             logp_mu=None if self.logp_mu is None else self.logp_mu[index, :L],
-            read=None if self.read is None else Read(self.read.states[index, :L], self.read.path),
+            read=None if self.read is None else self.read.select(index, L),
         )
 
     @staticmethod

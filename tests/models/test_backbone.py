@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from transformers import BloomConfig, BloomForCausalLM, OPTConfig, OPTForCausalLM
 
-from tiny_models import ARCHITECTURES, ragged, tiny
+from tiny_models import ARCHITECTURES, VOCABULARY, ragged, tiny
 from tokenmdp.learner import Learner
 from tokenmdp.models.backbone import Backbone, blocks, compute_dtype
+from tokenmdp.models.parts import in_parts
 from tokenmdp.models.policy import Policy
 from tokenmdp.rewards.reward_model import RewardModel
 from tokenmdp.types import Batch
@@ -289,3 +292,53 @@ def test_rewards_and_critics_on_the_same_body_use_it() -> None:
     known = policy.read(b)
     assert torch.equal(reward(known).value, reward(b).value)
     assert torch.equal(critic.states(known), critic.states(b))
+
+
+@torch.no_grad()
+def test_a_reading_is_of_these_tokens_and_of_these_weights() -> None:
+    """Weights changed in place, other tokens, other weights beside the blocks: each is read anew."""
+    b = ragged()
+    for change in ("weights", "loaded", "tokens", "positions"):
+        start = tiny("gpt2")
+        policy = start.twin("top-1")
+        known = policy.read(b)
+        if change == "weights":
+            next(blocks(policy.backbone.body)[0].parameters()).add_(1.0)
+        elif change == "loaded":
+            policy.model.load_state_dict(tiny("gpt2", seed=9).model.state_dict())
+        elif change == "tokens":
+            known = replace(known, tokens=(b.tokens + 1) % VOCABULARY)
+        else:
+            policy.backbone.body.wpe.weight = torch.nn.Parameter(
+                policy.backbone.body.wpe.weight + 1.0, requires_grad=False
+            )
+        fresh = replace(known, read=None)
+        assert torch.equal(policy.evaluate(known)["logp"], policy.evaluate(fresh)["logp"]), change
+
+
+def test_in_bfloat16_the_reading_is_shared_too() -> None:
+    start = in_bfloat16(tiny("llama"))
+    policy, b = start.twin("top-1"), ragged()
+    known = policy.read(b)
+    for model in (policy, start):
+        assert torch.equal(model.evaluate(known)["logp"], model.evaluate(b)["logp"])
+        assert runs_of_the_first_block(model, lambda model=model: in_parts(model.evaluate, known)) == 0
+
+
+def test_the_norm_after_the_blocks_trains_with_them_and_that_of_the_embeddings_does_not() -> None:
+    words = {"vocab_size": VOCABULARY, "eos_token_id": 0, "bos_token_id": 0, "pad_token_id": 0}
+    shape = {
+        "hidden_size": 32,
+        "ffn_dim": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "word_embed_proj_dim": 32,
+    }
+    opt = OPTForCausalLM(OPTConfig(max_position_embeddings=64, **shape, **words))
+    bloom = BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=2, n_head=4, **words))
+    for model, final, embedding in ((opt, "final_layer_norm", "embed"), (bloom, "ln_f", "word_embeddings_layernorm")):
+        names = [
+            n for n, _ in Policy(model.float(), tiny("llama").tokenizer, compute="float32").twin("top-1").trained()
+        ]
+        assert any(final in name for name in names)
+        assert not any(embedding in name for name in names)

@@ -279,3 +279,11 @@ def test_in_bfloat16_the_slab_holds_bfloat16_and_the_learner_agrees(architecture
     assert drawn.logp_mu is not None
     seen = policy.evaluate(drawn)["logp"].detach()
     assert float((seen - drawn.logp_mu).abs().max()) < 0.05
+
+
+def test_a_window_of_another_kind_is_left_to_the_slow_path() -> None:
+    """The few tokens that `agrees` tries would not fill it."""
+    policy = tiny("llama")
+    assert decode.agrees(policy)
+    policy.model.config.keep_window_size = 12
+    assert not decode.agrees(policy)

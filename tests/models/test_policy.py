@@ -364,3 +364,27 @@ def test_a_prompt_begins_as_the_tokenizer_begins_texts() -> None:
     assert begun.prompt("w1 w2").ids == (9, 1, 2)
     assert begun.prompt("w9 w1").ids == (9, 1), "a text that begins with it gets no second one"
     assert begun.prompt("w1 w2").text == "w1 w2"
+
+
+def test_a_special_token_that_is_no_end_is_read_by_rewards() -> None:
+    """Some models think between special tokens; a verifier that never sees them would read the thinking."""
+    policy = tiny("llama")
+    policy.tokenizer.add_special_tokens({"additional_special_tokens": ["w7"]})
+    assert policy.decode([5, 7, 6, EOS]) == "w5 w7 w6"
+
+
+def test_half_a_surrogate_pair_is_refused() -> None:
+    with pytest.raises(ValueError, match="lone surrogate"):
+        tiny("llama").prompt("w1 \ud800")
+
+
+def test_long_rope_keeps_rows_below_the_length_where_their_neighbours_would_change_them() -> None:
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 1e4}
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, eos_token_id=EOS, rope_parameters={**rope, "original_max_position_embeddings": 16},
+    )  # fmt: skip
+    policy = Policy(LlamaForCausalLM(config).float(), tokenizer(), compute="float32")
+    assert policy.context == 16
+    with pytest.raises(ValueError, match="exceeds the context"):
+        policy.sample([prompt(*range(1, 13))], 1, Sampling(max_new_tokens=8), torch.Generator())

@@ -371,3 +371,9 @@ def test_a_split_of_too_little_is_an_error(policy: Policy) -> None:
         data.split(b.select([0]), 0.5, rng)
     learned, kept = data.split(b, 0.01, rng)
     assert (len(learned), len(kept)) == (1, 1), "both parts have something"
+
+
+def test_a_response_that_goes_on_after_its_end_is_refused(policy: Policy) -> None:
+    row = {"prompt": "1+1=", "completion": f"2{policy.tokenizer.eos_token}3"}
+    with pytest.raises(ValueError, match="token 1 of the response of row 0 is an end-of-text token, and 2 more follow"):
+        data.demonstrations([row], policy)

@@ -78,6 +78,7 @@ class Backbone:
         self.device = next(model.parameters()).device
         self.compute = compute_dtype(compute, self.device)
         self._divisible: bool | None = None
+        self._originals: dict[int, nn.Parameter] = {}  # while weights are `converted`: what each was made from
 
     def autocast(self) -> torch.autocast:
         """The context every forward pass of this model runs in."""
@@ -106,9 +107,11 @@ class Backbone:
                     made[id(weight)] = nn.Parameter(weight.detach().to(self.compute), requires_grad=False)
                 swapped.append((layer, weight))
                 layer.weight = made[id(weight)]
+                self._originals[id(layer.weight)] = weight
             yield
         finally:
             for layer, weight in swapped:
+                self._originals.pop(id(layer.weight), None)
                 layer.weight = weight
 
     def hidden(self, tokens: Int[Tensor, "B L"], read: Read | None = None) -> Float[Tensor, "B L D"]:
@@ -119,7 +122,7 @@ class Backbone:
         Args:
             read: what the first blocks made of the same tokens; used if they are this model's blocks.
         """
-        with self.autocast(), self.given(read):
+        with self.autocast(), self.given(read, tokens):
             return self.body(input_ids=tokens, use_cache=False).last_hidden_state
 
     # -- frozen first blocks are read once for all roles
@@ -149,19 +152,18 @@ class Backbone:
                 self.body(input_ids=tokens, use_cache=False)
         finally:
             handle.remove()
-        return Read(found[0], self._path(count))
+        return Read(found[0], tokens, count, self._weights(count))
 
     @contextmanager
-    def given(self, read: Read | None) -> Iterator[None]:
+    def given(self, read: Read | None, tokens: Int[Tensor, "B L"]) -> Iterator[None]:
         """While this lasts the first blocks are not run: what they made of the tokens is given. Does nothing where
-        `read` is None or comes from other blocks.
+        `read` is None, is of other tokens, or went through other weights or through these before they changed.
         """
-        count = 0 if read is None else int(read.path[0])
-        if read is None or read.path != self._path(count):
+        if read is None or not self._made(read, tokens):
             yield
             return
         stack = blocks(self.body)
-        kept = list(stack[:count])
+        kept = list(stack[: read.blocks])
         try:
             for i, block in enumerate(kept):
                 stack[i] = _Known(block, read.states)
@@ -199,9 +201,22 @@ class Backbone:
                 self._divisible = False
         return self._divisible
 
-    def _path(self, count: int) -> tuple[Any, ...]:
-        first = [self.model.get_input_embeddings(), *blocks(self.body)[:count]]
-        return (count, str(self.compute), *(p.data_ptr() for module in first for p in module.parameters()))
+    def _made(self, read: Read, tokens: Int[Tensor, "B L"]) -> bool:
+        ours = self._weights(read.blocks)
+        return (
+            len(ours) == len(read.weights)
+            and all(a is b and m == n for (a, m), (b, n) in zip(ours, read.weights, strict=True))
+            and torch.equal(read.tokens, tokens)
+        )
+
+    def _weights(self, count: int) -> tuple[tuple[Tensor, int], ...]:
+        """What the first blocks and all that comes before and beside them hold, each with how often it was changed in
+        place. Held by a `Read`, none of them can be freed and its place taken by another.
+        """
+        later = [*blocks(self.body)[count:], *_final_norms(self.body)]
+        after = {id(p) for module in later for p in module.parameters()}
+        first = (self._originals.get(id(p), p) for p in self.body.parameters() if id(p) not in after)
+        return tuple((p, p._version) for p in first)
 
     def freeze(self) -> None:
         """No weight of this model trains from here on: it is what twins are measured against, and may be shared.
@@ -321,10 +336,16 @@ def _chosen(module: nn.Module, train: str) -> list[nn.Parameter]:
     count, stack = int(train.removeprefix("top-")), blocks(module)
     if count > len(stack):
         raise ValueError(f"train is {train!r}, but the model has {len(stack)} blocks: use top-{len(stack)} or all")
-    chosen = [p for block in stack[-count:] for p in block.parameters()]
-    inside = {id(p) for p in stack.parameters()}
-    after = [m for m in module.children() if "norm" in type(m).__name__.lower()]
-    return chosen + [p for m in after for p in m.parameters() if id(p) not in inside]
+    return [p for m in (*stack[-count:], *_final_norms(module)) for p in m.parameters()]
+
+
+def _final_norms(body: nn.Module) -> list[nn.Module]:
+    """The norm after the last block: beside the blocks, and not that of the embeddings (Bloom has one)."""
+    stack = blocks(body)
+    beside = next(m for m in body.modules() if any(child is stack for child in m.children()))
+    return [
+        m for name, m in beside.named_children() if "norm" in type(m).__name__.lower() and "embed" not in name.lower()
+    ]
 
 
 keep_freed_blocks()

@@ -51,7 +51,7 @@ class Policy:
         self.tokenizer = tokenizer
         self.name = name
         self.eos_ids = eos_ids(model, tokenizer)
-        self.context = int(getattr(model.config, "max_position_embeddings", None) or 1 << 20)
+        self.context = context(model)
         self.paths: dict[str, str] = {"compute": str(self.backbone.compute).removeprefix("torch.")}
         self._opening: tuple[int, ...] | None = None
         self._linear_head: bool | None = None
@@ -89,7 +89,15 @@ class Policy:
     # -- text
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of plain text, without special tokens added."""
+        """Token ids of plain text, without special tokens added.
+
+        Raises:
+            ValueError: the text holds half a surrogate pair, which no encoding can write.
+        """
+        if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+            raise ValueError(
+                f"the text {text[:40]!r} holds a lone surrogate, which is no character: repair or drop the row"
+            )
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     @property
@@ -105,8 +113,12 @@ class Policy:
         return self._opening
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids; special tokens are left out and no space is tidied away."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        """Text of token ids, as a reward reads it: without the tokens that begin, end and pad a text, and with every
+        other special token, such as those that some models think between. No space is tidied away.
+        """
+        silent = {*self.eos_ids, self.tokenizer.bos_token_id, self.tokenizer.pad_token_id}
+        shown = [token for token in ids if token not in silent]
+        return str(self.tokenizer.decode(shown, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def prompt(
         self, text: str | Sequence[Mapping[str, str]], row: int = 0, columns: Mapping[str, Any] | None = None
@@ -207,18 +219,19 @@ class Policy:
         if self.backbone.frozen_blocks() == 0 or not self.backbone.divisible():
             self.paths["frozen blocks"] = "none to share"
             return batch
-        path: list[tuple[object, ...]] = []
+        parts: list[Read] = []
 
         def states(part: Batch) -> dict[str, Tensor]:
             found = self.backbone.read(part.tokens)
             assert found is not None
-            path.append(found.path)
+            parts.append(found)
             return {"states": found.states}
 
         with self.backbone.converted():
             known = in_parts(states, batch)["states"]
-        self.paths["frozen blocks"] = f"the first {path[0][0]} read once a batch, for all roles"
-        return replace(batch, read=Read(known, path[0]))
+        count = parts[0].blocks
+        self.paths["frozen blocks"] = f"the first {count} read once a batch, for all roles"
+        return replace(batch, read=Read(known, batch.tokens, count, parts[0].weights))
 
     def evaluate(
         self, batch: Batch, want: Sequence[str] = ("logp",), temperature: float = 1.0
@@ -291,7 +304,7 @@ class Policy:
         if self._linear_head:
             states = self.backbone.hidden(batch.tokens, batch.read)[rows, at - 1]
         else:
-            with self.backbone.autocast(), self.backbone.given(batch.read):
+            with self.backbone.autocast(), self.backbone.given(batch.read, batch.tokens):
                 states = self.model(input_ids=batch.tokens, use_cache=False).logits[rows, at - 1]
         for start in range(0, len(rows), _LOGIT_ROWS):
             piece = slice(start, min(start + _LOGIT_ROWS, len(rows)))
@@ -335,6 +348,25 @@ class Policy:
     def fingerprint(self) -> str:
         """Hash of the weights (see `Backbone.fingerprint`)."""
         return self.backbone.fingerprint()
+
+
+def context(model: PreTrainedModel) -> int:
+    """The most positions a row may have.
+
+    Long-rope models read a row with other rotations once any row beside it is longer than the length they were first
+    trained on, so a row's numbers would depend on its neighbours: rows stay below that length.
+    """
+    config = model.config.get_text_config()
+    longest = int(getattr(config, "max_position_embeddings", None) or 1 << 20)
+    scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kinds = [scaling, *(v for v in scaling.values() if isinstance(v, Mapping))]  # one a kind of layer, in some models
+    for kind in kinds:
+        if str(kind.get("rope_type", kind.get("type", ""))) in ("longrope", "dynamic"):
+            first = kind.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", None
+            )
+            longest = min(longest, int(first or longest))
+    return longest
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -373,6 +373,12 @@ class _Rows:
         return self.policy.encode(text)
 
     def _append(self, prompt: Prompt, response: list[int]) -> None:
+        ends = [at for at, token in enumerate(response[:-1]) if token in self.policy.eos_ids]
+        if ends:
+            raise ValueError(
+                f"token {ends[0]} of the response of row {prompt.row} is an end-of-text token, and {len(response) - ends[0] - 1} "
+                "more follow: no policy can go on after its end; cut the row there, or take the token out of its text"
+            )
         whole = self.max_tokens is None or len(response) <= self.max_tokens
         kept = response if whole else response[: self.max_tokens]
         if len(prompt.ids) + len(kept) > self.policy.context:
