@@ -83,7 +83,7 @@ def test_a_wrong_answer_that_earns_a_little_is_wrong_and_one_that_hangs_loses_it
     score = reward(said([p] * 4, [right, "9**9**9**9", "1 + 1", right]))
     assert score.verdict.tolist() == [True, False, True, True]
     assert score.value.tolist() == [1.0, 0.0, 0.0, 1.0]
-    assert dict(reward.scorer.reasons) == {"no answer within 3 s; its process was killed": 1}
+    assert dict(score.reasons) == {1: "no answer within 3 s; its process was killed"}
 
 
 def test_a_data_set_that_differs_in_the_other_process_gives_no_verdict(arithmetic: Task):
