@@ -13,7 +13,7 @@ and how old the data are when they are learned from:
 
     fresh        the policy itself samples, and each response is used in one update
     old sampler  the sampler's weights are refreshed every 4 phases
-    reused       the policy samples, and each phase is gone through 4 times, in 4 updates a pass
+    reused       the policy samples, and each phase is gone through twice, in 4 updates a pass
     stale        both
 
 `fresh` and `stale` with `clip` and `no clip` are the 2 x 2 that separates on-policy data from the clip. Stated before any
@@ -56,8 +56,8 @@ ARMS: dict[str, dict[str, Any]] = {
 LEVELS = {
     "fresh": {"sync": 1, "epochs": 1, "minibatches": 1},
     "old sampler": {"sync": 4, "epochs": 1, "minibatches": 1},
-    "reused": {"sync": 1, "epochs": 4, "minibatches": 4},
-    "stale": {"sync": 4, "epochs": 4, "minibatches": 4},
+    "reused": {"sync": 1, "epochs": 2, "minibatches": 4},
+    "stale": {"sync": 4, "epochs": 2, "minibatches": 4},
 }
 LEARNING_RATE, WINDOW = 1e-3, 5
 THRESHOLDS = {

@@ -245,17 +245,34 @@ def test_stratified_bootstrap_refuses_what_it_cannot_answer(runs, match):
 def test_improvement_has_an_interval_and_few_runs_never_look_certain():
     rng = np.random.default_rng(3)
     mean, low, high = stats.improvement(rng.normal(0.5, 1, size=40), rng.normal(0, 1, size=40))
-    assert 0 < low < mean < high < 1
+    assert 0.5 < low < mean < high < 1
     assert mean == pytest.approx(0.638, abs=0.15)  # Φ(0.5/√2)
     # All of five above all of five. With k = 2 that has probability 2/7 · 4/9 · 6/11 · 8/13 · 10/15 = 0.0284, so the k
     # for 0.025 is a little below 2, and P = k/(k+1) a little below 2/3.
     separated = stats.improvement([5, 6, 7, 8, 9], [0, 1, 2, 3, 4])
     assert separated == (1.0, pytest.approx(0.655, abs=0.005), 1.0)
     assert stats.improvement([0, 1, 2, 3, 4], [5, 6, 7, 8, 9]) == (0.0, 0.0, pytest.approx(1 - separated.low))
-    # One half is left out where the exact test rejects: 2 · 1/C(10, 5) = 0.008, but 2 · 1/C(6, 3) = 0.1.
-    assert stats.improvement([5, 6, 7], [0, 1, 2]).low < 0.5 < separated.low
     with pytest.raises(ValueError, match="at least two of each"):
         stats.improvement([1.0], [0.0, 2.0])
+
+
+@pytest.mark.parametrize(("n", "m"), [(3, 3), (4, 4), (5, 5), (5, 3), (3, 8)])
+def test_improvement_leaves_one_half_out_where_the_rank_test_rejects(n, m):
+    """For every number of won pairs; they are made by pushing one run of b up past the runs of a at a time."""
+    for wins in range(n * m + 1):
+        full, rest = divmod(wins, n)  # so many runs of b below all of a, one below `rest` of them, the others above all
+        b = [-1.0] * full + ([n - rest - 0.5] if full < m else []) + [n + 1.0] * (m - full - 1)
+        a = np.arange(n, dtype=float)
+        interval = stats.improvement(a, b)
+        assert interval.mean == pytest.approx(wins / (n * m))
+        p = scipy_stats.mannwhitneyu(a, b + 1e-9 * np.arange(m), method="exact").pvalue
+        assert (interval.low > 0.5 or interval.high < 0.5) == (p < 0.05)
+        assert interval.low <= interval.mean <= interval.high
+
+
+def test_won_pairs_have_the_distribution_of_the_best_of_k():
+    # Two of a and one of b with k = 2: a, a first 4/5 · 2/3, then b: 2 wins; a, b, a: 4/5 · 1/3, 1 win; b first 1/5: none.
+    assert stats._wins(2, 1, 2.0) == pytest.approx([3 / 15, 4 / 15, 8 / 15])
 
 
 def test_performance_profile_by_hand():

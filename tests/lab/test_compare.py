@@ -148,7 +148,7 @@ def test_the_verdict_says_what_differs_and_what_does_not():
     assert said[0].startswith("1 of 3 solvers beat their start significantly at every seed; good ends highest")
     assert said[1] == "No significant difference between good and broken; it is significantly better than the 1 other."
     assert "significantly above it: good; significantly below it: idle; not significantly different: broken" in said[2]
-    assert said[3] == "Failures: broken (crash at 2 of 5 seeds), idle (not better at 5 of 5 seeds)."
+    assert said[3] == "Runs that crashed: broken 2 of 5; that did not beat their start: idle 5 of 5."
     few = ranking.verdict(ranking.rows_of(made_up(3), solvers.BASELINES), 3)
     assert "cannot be said from 3 seeds" in few[1]
 

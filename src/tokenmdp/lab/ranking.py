@@ -169,14 +169,20 @@ def _against(cloned: Row, trained: Sequence[Row], seeds: int) -> str:
 
 
 def _failures(trained: Sequence[Row]) -> str:
+    """How many runs of whom failed, by kind."""
+    named = {
+        "crash": "crashed",
+        "non-finite": "met a number that is not finite",
+        "not better": "did not beat their start",
+    }
     parts = []
-    for row in trained:
-        said = [f"{kind} at {n} of {row['runs']} seeds" for kind, n in row["failures"].items() if n]
-        if said:
-            parts.append(f"{row['solver']} ({', '.join(said)})")
-    if not parts:
-        return "No run failed."
-    return f"Failures: {', '.join(parts)}."
+    for kind, words in named.items():
+        failed = [
+            f"{row['solver']} {row['failures'][kind]} of {row['runs']}" for row in trained if row["failures"][kind]
+        ]
+        if failed:
+            parts.append(f"{words}: {', '.join(failed)}")
+    return f"Runs that {'; that '.join(parts)}." if parts else "No run failed."
 
 
 def _names(names: Sequence[str]) -> str:

@@ -233,7 +233,7 @@ def _line(row: Mapping[str, Any]) -> dict[str, Any]:
         "failed": ("–" if row["solver"] == "start" else f"{sum(failed.values())} of {runs}", _said(failed)),
         "tokens": count(round(figures.number("tokens") or 0)),
         "seconds": fine(figures.number("seconds")),
-        "rate": fine(figures.number("learning_rate")),
+        "rate": "–" if (rate := figures.number("learning_rate")) is None else f"{rate:.0e}".replace("e-0", "e−"),
         "scores": " ".join(num(number(x)) for x in row.get("scores", [])),
     }
 
