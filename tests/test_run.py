@@ -26,7 +26,7 @@ import numpy
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tokenmdp.run import Run, RunExists
@@ -180,7 +180,44 @@ def unseal(newest: Path) -> None:
     newest.with_suffix(".sha256").unlink()
 
 
-@pytest.mark.parametrize(("damage", "said"), [(flip, "do not match"), (cut, "half written"), (unseal, "is missing")])
+def scrawl(newest: Path) -> None:
+    newest.with_suffix(".sha256").write_bytes(b"\xff\xfe\x00")
+
+
+def box(newest: Path) -> None:
+    """A folder in the place of the seal, with something in it."""
+    unseal(newest)
+    newest.with_suffix(".sha256").mkdir()
+    (newest.with_suffix(".sha256") / "mine").write_text("mine")
+
+
+def seal(newest: Path) -> None:
+    newest.with_suffix(".sha256").write_text(hashlib.sha256(newest.read_bytes()).hexdigest())
+
+
+def garble(newest: Path) -> None:
+    newest.write_bytes(b"no tensors here")
+    seal(newest)
+
+
+def bare(newest: Path) -> None:
+    """An ordinary safetensors file that no run wrote."""
+    save_file({"a": torch.zeros(1)}, newest)
+    seal(newest)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (flip, "do not match"),
+        (cut, "half written"),
+        (unseal, "is missing"),
+        (scrawl, "do not match"),
+        (box, "is a folder where a checkpoint's file belongs"),
+        (garble, "is no checkpoint: SafetensorError"),
+        (bare, "is no checkpoint: KeyError"),
+    ],
+)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     tmp_path: Path, damage: Any, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -197,6 +234,54 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     assert said in told
     assert "goes on after 5 steps" in told
     assert written(tmp_path / "broken") == written(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_in_the_place_of_the_checkpoints_is_refused_before_anything_is_done(
+    tmp_path: Path, overwrite: bool
+) -> None:
+    with Run.open(tmp_path, {}, seed=1) as run:
+        run.log(0, {"loss": 1.0})
+    (tmp_path / "checkpoints").write_text("mine")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(RunExists, match=r"checkpoints is a file, .*: move it away"):
+        Run.open(tmp_path, {}, seed=1, resume=not overwrite, overwrite=overwrite)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("text", [b'{"taken": 5, "wei', b"\xff", b"[]"])
+def test_a_half_written_result_does_not_finish_a_run(tmp_path: Path, text: bytes) -> None:
+    for name in ("whole", "broken"):
+        with Run.open(tmp_path / name, {}, seed=1) as run:
+            run.finish(fit(run, 5))
+    (tmp_path / "broken/result.json").write_bytes(text)
+    with Run.open(tmp_path / "broken", {}, seed=1, resume=True) as run:
+        assert run.result() is None
+        run.finish(fit(run, 5))
+    assert "result.json was half written" in (tmp_path / "broken/log.txt").read_text()
+    assert written(tmp_path / "broken") == written(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("choice", [{}, {"resume": True}, {"overwrite": True}])
+def test_a_damaged_config_json_is_named(tmp_path: Path, choice: dict[str, Any]) -> None:
+    with Run.open(tmp_path, {}, seed=1) as run:
+        run.log(0, {"loss": 1.0})
+    os.truncate(tmp_path / "config.json", 40)
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(RunExists, match=r"config\.json is cut off or damaged: .* Put back a whole config\.json"):
+        Run.open(tmp_path, {}, seed=1, **choice)
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_a_stage_with_a_damaged_config_json_is_not_mixed_with_a_second_attempt(tmp_path: Path) -> None:
+    with Run.open(tmp_path, {}, seed=1) as run:
+        run.stage("sft").log(0, {"loss": 1.0})
+    os.truncate(tmp_path / "sft/config.json", 40)
+    with Run.open(tmp_path, {}, seed=1, resume=True) as run:
+        with pytest.raises(RunExists, match=r"config\.json is cut off or damaged: .* then the stage begins anew"):
+            run.stage("sft")
+        shutil.rmtree(tmp_path / "sft")
+        run.stage("sft").log(0, {"loss": 1.0})
 
 
 def test_without_a_whole_checkpoint_the_run_begins_at_the_start_and_says_so(tmp_path: Path) -> None:
@@ -252,6 +337,7 @@ def fill(folder: Path) -> None:
         print(fault)
     names = sorted(path.name for path in (folder / "checkpoints").iterdir() if path.suffix != ".sha256")
     print(*names)
+    run.close()
     with Run.open(folder, {}, seed=1, resume=True) as again:
         print(*again.steps(2, Toy(), title="swell"), "no steps left of two")
 
@@ -360,6 +446,67 @@ def test_overwrite_takes_away_what_the_run_wrote_and_nothing_else(tmp_path: Path
     assert json.loads((tmp_path / "config.json").read_text())["config"] == {"other": 1}
 
 
+def save(folder: Path) -> None:
+    """The names of what a model is saved as."""
+    folder.mkdir(parents=True)
+    for name in ("config.json", "generation_config.json", "model-00001-of-00002.safetensors", "tokenizer.json"):
+        (folder / name).write_text("{}")
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_overwrite_takes_away_the_models_of_the_run_and_its_stages_and_no_others(tmp_path: Path) -> None:
+    with Run.open(tmp_path / "run", {}, seed=1) as run:
+        save(run.stage("sft").folder / "model")
+        save(run.folder / "model")
+        save(run.folder / "models")
+        save(run.folder / "mine/model")
+        (run.folder / "model/notes.md").write_text("mine")
+        (run.stage("rm").folder / "model").mkdir()
+        (run.stage("rm").folder / "model/tokenizer.json").write_text("mine")  # no config.json: no model was saved here
+        save(tmp_path / "elsewhere")
+        (run.stage("ppo").folder / "model").symlink_to(tmp_path / "elsewhere")
+    kept = [f"run/{name}" for name in files(tmp_path / "run") if name.startswith(("mine", "models"))]
+    kept += ["run/.lock", "run/config.json", "run/log.txt", "run/model/notes.md", "run/rm/model/tokenizer.json"]
+    kept += [f"elsewhere/{name}" for name in files(tmp_path / "elsewhere")]
+    with Run.open(tmp_path / "run", {}, seed=1, overwrite=True) as run:
+        run.note("begun anew")
+        assert files(tmp_path) == sorted(kept)
+
+
+@pytest.mark.parametrize("name", ["", "model", "model/config.json", "sft", "samples.jsonl"])
+def test_overwrite_does_not_take_away_what_the_new_run_starts_from(tmp_path: Path, name: str) -> None:
+    with Run.open(tmp_path, {}, seed=1) as run:
+        save(run.stage("sft").folder / "model")
+        save(run.folder / "model")
+        run.append("samples.jsonl", {})
+    (tmp_path / "mine.jsonl").write_text("mine\n")
+    before = files(tmp_path)
+    with pytest.raises(ValueError, match="which --overwrite would take away"):
+        Run.open(tmp_path, {"inner": {"start": str(tmp_path / name)}}, seed=1, overwrite=True)
+    assert files(tmp_path) == before
+    with Run.open(tmp_path, {"data": str(tmp_path / "mine.jsonl")}, seed=1, overwrite=True) as run:
+        assert not (run.folder / "model").exists()
+
+
+@pytest.mark.parametrize("choice", [{"resume": True}, {"overwrite": True}])
+def test_a_list_of_files_that_reaches_out_of_the_folder_is_not_followed(tmp_path: Path, choice: dict[str, Any]) -> None:
+    names = ["../victim.txt", "../victim.jsonl", "inner/a.jsonl", "notes.md", "..", str(tmp_path / "victim.jsonl"), 3]
+    for name in ("victim.txt", "victim.jsonl", "run/inner/a.jsonl", "run/notes.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    (tmp_path / "run/metrics.jsonl").write_text("ours")
+    header = {"config": {}, "seed": 1, "stage": "", "files": [*names, "metrics.jsonl"]}
+    (tmp_path / "run/config.json").write_text(json.dumps(header))
+    with Run.open(tmp_path / "run", {}, seed=1, **choice) as run:
+        run.note("opened")
+    for name in ("victim.txt", "victim.jsonl", "run/inner/a.jsonl", "run/notes.md"):
+        assert (tmp_path / name).read_text() == "mine"
+    assert not (tmp_path / "run/metrics.jsonl").exists() or not (tmp_path / "run/metrics.jsonl").read_bytes()
+
+
 def test_resume_where_there_is_nothing_begins_a_run(tmp_path: Path) -> None:
     with Run.open(tmp_path / "new/run", {}, seed=1, resume=True) as run:
         run.finish(fit(run, 1))
@@ -376,6 +523,53 @@ def test_resume_with_other_settings_names_each_of_them(tmp_path: Path) -> None:
         "  inner.steps: 3 there, 4 now",
         "  seed: 1 there, 2 now",
     ]
+
+
+def test_resume_on_changed_files_names_each_with_both_hashes(tmp_path: Path) -> None:
+    data, more, code, other = (tmp_path / name for name in ("a.jsonl", "b.jsonl", "judge.py", "other"))
+    for path in (data, more, code):
+        path.write_text("before")
+    other.mkdir()
+    config = {
+        "data": str(data),
+        "inner": {"list": [str(more), "x" * 5000, "\0"]},
+        "reward": f"{code}:brief:timeout_seconds=2",
+        "model": str(other),
+        "none": [str(tmp_path / "absent"), "", None, 3],
+    }
+    with pytest.raises(InterruptedError), Run.open(tmp_path / "run", config, seed=1) as run:
+        fit(run.stage("sft", config), 5, broken_at=2)
+    then, now = (hashlib.sha256(text).hexdigest() for text in (b"before", b"after"))
+    header = json.loads((tmp_path / "run/config.json").read_text())
+    assert header["inputs"] == {str(path): then for path in (data, more, code)}
+    assert "inputs" not in json.loads((tmp_path / "run/sft/config.json").read_text())
+    code.write_text("after")
+    more.unlink()
+    kept = written(tmp_path / "run")
+    with pytest.raises(ValueError, match="put them back to go on, or begin it anew with --overwrite") as error:
+        Run.open(tmp_path / "run", config, seed=1, resume=True)
+    assert str(error.value).splitlines()[1:] == [
+        f"  {more}: {then!r} there, 'no file' now",
+        f"  {code}: {then!r} there, {now!r} now",
+    ]
+    assert written(tmp_path / "run") == kept
+    code.write_text("before")
+    more.write_text("before")
+    with Run.open(tmp_path / "run", config, seed=1, resume=True) as run:
+        assert fit(run.stage("sft", config), 5)["taken"] == 5
+
+
+def test_a_run_from_before_files_were_hashed_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("before")
+    config = {"data": str(tmp_path / "a.jsonl")}
+    with pytest.raises(InterruptedError), Run.open(tmp_path / "run", config, seed=1) as run:
+        fit(run, 5, broken_at=2)
+    header = json.loads((tmp_path / "run/config.json").read_text())
+    del header["inputs"]
+    (tmp_path / "run/config.json").write_text(json.dumps(header))
+    (tmp_path / "a.jsonl").write_text("after")
+    with Run.open(tmp_path / "run", config, seed=1, resume=True) as run:
+        assert fit(run, 5)["taken"] == 5
 
 
 def test_resume_with_other_threads_warns(tmp_path: Path) -> None:
@@ -401,6 +595,24 @@ def test_two_processes_do_not_write_one_folder(tmp_path: Path) -> None:
         other.communicate(b"\n")
     with Run.open(tmp_path, {}, seed=1) as run:
         assert run.result() is None
+
+
+def test_one_process_does_not_open_a_folder_twice(tmp_path: Path) -> None:
+    """And the refusal leaves the lock in place: the system would drop it with the first handle that is closed."""
+    (tmp_path / "link").symlink_to("run")
+    attempt = "import sys; from tokenmdp.run import Run; Run.open(sys.argv[1], {}, seed=1, resume=True)"
+    with Run.open(tmp_path / "run", {}, seed=1) as run:
+        for name in ("run", "link"):
+            with pytest.raises(RunExists, match="a run of this process is still writing"):
+                Run.open(tmp_path / name, {}, seed=1, resume=True)
+        command = [sys.executable, "-c", attempt, str(tmp_path / "run")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert "another process is still writing" in done.stderr
+        run.log(0, {"loss": 1.0})
+    with pytest.raises(ValueError, match="made with other settings"):
+        Run.open(tmp_path / "run", {}, seed=2, resume=True)
+    run = Run.open(tmp_path / "run", {}, seed=1, resume=True)  # neither of the two holds it any longer
+    run.close()
 
 
 def test_a_run_that_broke_before_it_wrote_anything_leaves_no_run(tmp_path: Path) -> None:

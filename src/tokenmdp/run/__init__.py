@@ -1,6 +1,6 @@
 """A run folder: everything a run leaves behind, and exact resume.
 
-    config.json     the resolved config, the seed, versions, threads, the command line
+    config.json     the resolved config, the seed, versions, threads, the command line, hashes of the files it names
     metrics.jsonl   one object a step; follows from config, seed and threads alone, so two runs compare byte by byte
     times.jsonl     the wall-clock that belongs to each line of metrics.jsonl
     samples.jsonl   and whatever else `Run.append` wrote: no_verdict.jsonl, the responses a reward could not judge
@@ -27,8 +27,10 @@ import sys
 import time
 import traceback
 import uuid
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
+from io import TextIOWrapper
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -41,10 +43,14 @@ from tokenmdp import __version__
 from tokenmdp.run.dashboards import Sink, check_dashboards, open_dashboard
 from tokenmdp.run.files import (
     Chance,
+    belongings,
     checkpoint_files,
     checkpoints,
     clear,
     find_fault,
+    hashes,
+    header_fault,
+    named_paths,
     number_of,
     read_about,
     read_header,
@@ -60,6 +66,11 @@ from tokenmdp.run.screen import Bar, Screen, clock
 from tokenmdp.types import Batch, Score
 
 __all__ = ["Bar", "Run", "RunExists", "Stateful"]
+
+
+# The folders that runs of this process hold. The system's lock keeps only other processes out, and it is gone as soon as
+# this process closes any handle on the file: a second one must never be opened here.
+_held: weakref.WeakValueDictionary[str, TextIOWrapper] = weakref.WeakValueDictionary()
 
 
 class RunExists(FileExistsError):
@@ -102,6 +113,7 @@ class Run:
         self._screen: Screen = parent._screen if parent else Screen()
         self._boards: list[tuple[Sink, Callable[[], None]]] = parent._boards if parent else []
         self._stages: dict[str, Run] = {}
+        self._guard: TextIOWrapper | None = None
         self._bar: Bar | None = None
         self._whole: list[Path] = []  # the checkpoints to trust, newest first
         self._repeating = self._stepping = False
@@ -128,9 +140,10 @@ class Run:
             log: dashboards besides the files: "tensorboard", "wandb" (offline unless WANDB_MODE says so), "trackio".
 
         Raises:
-            RunExists: the folder holds a run and neither `resume` nor `overwrite` is given, or another process is
-                writing it, or it holds files that are no run's.
-            ValueError: the config or seed differs from that of the run to go on with.
+            RunExists: the folder holds a run and neither `resume` nor `overwrite` is given, or this or another process
+                is writing it, or it holds files that are no run's.
+            ValueError: the config, the seed or a file that the config names differs from that of the run to go on with;
+                or the config names what `overwrite` would take away.
         """
         if resume and overwrite:
             raise ValueError("resume and overwrite contradict each other: go on with the run, or begin it anew")
@@ -139,6 +152,11 @@ class Run:
         old = read_header(run.folder)
         if old is None and run.folder.exists():
             if not run.folder.is_dir() or any(not p.name.startswith(".") for p in run.folder.iterdir()):
+                if why := header_fault(run.folder):
+                    raise RunExists(
+                        f"{folder} is not a run's folder that can be read: {why}. Put back a whole config.json, or move "
+                        "the folder away, or choose another by --out"
+                    )
                 raise RunExists(f"{folder} exists and is not a run's folder: choose another by --out")
         elif old is not None and not (resume or overwrite):
             raise RunExists(
@@ -147,10 +165,16 @@ class Run:
             )
         run.folder.mkdir(parents=True, exist_ok=True)
         run._lock()
-        if old is not None and overwrite:
-            clear(run.folder, old)
-            old = None
-        run._begin(old)
+        try:
+            run._make_way()
+            if old is not None and overwrite:
+                run._check_not_needed(old)
+                clear(run.folder, old)
+                old = None
+            run._begin(old)
+        except BaseException:
+            run._unlock()
+            raise
         if resume and old is None:
             run.note(f"nothing to go on with in {folder}: this run begins at the start")
         try:
@@ -161,14 +185,47 @@ class Run:
         return run
 
     def _lock(self) -> None:
-        """Keep a second process out of the folder for as long as this one lives, however it ends."""
+        """Keep everyone else out of the folder for as long as this run is open, however it ends."""
+        place = os.path.realpath(self.folder)
+        if (held := _held.get(place)) is not None and not held.closed:
+            raise RunExists(
+                f"a run of this process is still writing {self.folder}: close it (leave its `with` block), or use --out"
+            )
         self._guard = (self.folder / ".lock").open("w")
         try:
             fcntl.lockf(self._guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as fault:
+            self._unlock()
             raise RunExists(
                 f"another process is still writing {self.folder}: wait for it, stop it, or use --out"
             ) from fault
+        _held[place] = self._guard
+
+    def _unlock(self) -> None:
+        if self._guard is not None:
+            self._guard.close()
+
+    def _make_way(self) -> None:
+        """Find out before anything is taken away or trained whether checkpoints can be written."""
+        place = self.folder / "checkpoints"
+        if place.exists() and not place.is_dir():
+            raise RunExists(f"{place} is a file, and the checkpoints go into a folder of that name: move it away")
+        for path in checkpoint_files(self.folder, folders=True):
+            aside = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.folder")
+            path.rename(aside)
+            self.note(f"{path} is a folder where a checkpoint's file belongs: it is called {aside.name} now")
+
+    def _check_not_needed(self, old: Mapping[str, Any]) -> None:
+        """A run may start from the model or the lines that an earlier one left: these must not go first."""
+        gone = {Path(os.path.realpath(p.parent)) / p.name for p in belongings(self.folder, old)}
+        models = {path.parent for path in gone if path.name == "config.json" and read_header(path.parent) is None}
+        for name in named_paths(self.config):
+            path = Path(os.path.realpath(os.path.expanduser(name)))
+            if path in gone or {path, path / "model", path.parent} & models:
+                raise ValueError(
+                    f"the config names {name!r}, which --overwrite would take away from {self.folder} before it is "
+                    "read: use another --out, or move it elsewhere first"
+                )
 
     def _begin(self, old: dict[str, Any] | None) -> None:
         """Write config.json, or compare with it and cut the files back to the newest whole checkpoint."""
@@ -180,6 +237,8 @@ class Run:
         self._header = new if old is None else old
         seed_the_global_streams(self.seed, self._name)
         if old is None:
+            if self._parent is None:  # a run answers for its stages: their files are among those it names
+                new["inputs"] = hashes(named_paths(self.config))
             write(self.folder / "config.json", to_json(new, finite=False))
             return
         if wrong := _differences({**old["config"], "seed": old["seed"]}, {**self.config, "seed": self.seed}):
@@ -187,12 +246,21 @@ class Run:
                 f"the run in {self.folder} was made with other settings; use its own, or another --out:\n"
                 + "\n".join(wrong)
             )
+        then = old.get("inputs", {})  # earlier versions kept no hashes
+        if changed := _differences(then, dict.fromkeys(then, "no file") | hashes(then)):
+            raise ValueError(
+                f"files that the run in {self.folder} reads are not what they were (SHA-256): put them back to go on, "
+                "or begin it anew with --overwrite:\n" + "\n".join(changed)
+            )
         same = ("threads", "versions")
-        if shifts := _differences({k: old[k] for k in same}, {k: new[k] for k in same}):
+        if shifts := _differences({k: old[k] for k in same if k in old}, {k: new[k] for k in same}):
             self.note(
                 "warning: the metrics may differ in their last bits from an unbroken run's:\n" + "\n".join(shifts)
             )
         if self.result() is None:
+            if (torn := self.folder / "result.json").exists():
+                torn.unlink()
+                self.note(f"{torn} was half written and is gone: the run counts as not finished, and goes on")
             self._roll_back()
 
     def _roll_back(self) -> None:
@@ -217,9 +285,15 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, fault: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
-        if fault is None:
-            return
+        self._take_down()
+        try:
+            if fault is not None:
+                self._remember(fault)
+        finally:
+            self._unlock()
+
+    def _remember(self, fault: BaseException) -> None:
+        """Keep the traceback in log.txt, or nothing at all where nothing was done yet."""
         with contextlib.suppress(OSError):  # a full disk must not hide the fault itself
             if {path.name for path in self.folder.iterdir()} <= {"config.json", "log.txt", ".lock"}:
                 clear(self.folder, self._header)  # it broke before it wrote anything: the next attempt finds no run
@@ -227,7 +301,11 @@ class Run:
                 self._scribble("".join(traceback.format_exception(fault)))
 
     def close(self) -> None:
-        """Take down the display and close the dashboards."""
+        """Take down the display, close the dashboards, and let others into the folder."""
+        self._take_down()
+        self._unlock()
+
+    def _take_down(self) -> None:
         if self._parent is None:
             self._screen.close()
             while self._boards:
@@ -247,7 +325,14 @@ class Run:
         if name not in self._stages:
             stage = Run(self.folder / name, config or {}, self.seed, self._prefix + name, self)
             stage.folder.mkdir(exist_ok=True)
-            stage._begin(read_header(stage.folder))
+            old = read_header(stage.folder)
+            if old is None and (why := header_fault(stage.folder)):  # to begin anew here would mix two attempts' lines
+                raise RunExists(
+                    f"the stage in {stage.folder} cannot go on: {why}. Put back a whole config.json, or take the folder "
+                    "away: then the stage begins anew"
+                )
+            stage._make_way()
+            stage._begin(old)
             if stage.result() is not None:
                 seed_the_global_streams(self.seed, stage._prefix + "finished")
             self._stages[name] = stage
@@ -423,8 +508,9 @@ class Run:
         return dict(json.loads(to_json(result)))
 
     def result(self) -> dict[str, Any] | None:
-        """The result of a finished run, None before."""
+        """The result of a finished run, None before; a file that is half written says nothing."""
         try:
-            return dict(json.loads((self.folder / "result.json").read_bytes()))
-        except FileNotFoundError:
+            found = json.loads((self.folder / "result.json").read_bytes())
+        except (FileNotFoundError, ValueError):
             return None
+        return found if isinstance(found, dict) else None

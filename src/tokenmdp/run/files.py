@@ -9,7 +9,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,29 +83,86 @@ def read_header(folder: Path) -> dict[str, Any] | None:
     """What config.json says, or None where there is none of ours (a model's folder has a config.json too)."""
     try:
         found = json.loads((folder / "config.json").read_bytes())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) and {"config", "seed", "stage", "files"} <= found.keys() else None
+    kinds = {"config": dict, "seed": int, "stage": str, "files": list}
+    if not isinstance(found, dict) or any(not isinstance(found.get(key), kind) for key, kind in kinds.items()):
+        return None
+    # These files are cut and taken away, and anyone may have written the list: it must not reach out of the folder.
+    found["files"] = [n for n in found["files"] if isinstance(n, str) and Path(n).name == n and n.endswith(".jsonl")]
+    return found
+
+
+def header_fault(folder: Path) -> str:
+    """What is wrong with a config.json that cannot be read; empty where there is none, or one that is not a run's."""
+    try:
+        json.loads((folder / "config.json").read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except OSError as fault:
+        return f"its config.json cannot be read: {fault.strerror}"
+    except ValueError as fault:
+        return f"its config.json is cut off or damaged: {fault}"
+    return ""
+
+
+def named_paths(value: Any) -> Iterator[str]:
+    """The files and folders that a config names and that are there: `a.jsonl`, `folder`, the file of `a.py:function`."""
+    if isinstance(value, str):
+        file, function, _ = value.rpartition(".py:")
+        for name in (value, file + ".py") if function else (value,):
+            if os.path.exists(os.path.expanduser(name)):
+                yield name
+    elif isinstance(value, Mapping | list):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from named_paths(inner)
+
+
+def hashes(names: Iterable[str]) -> dict[str, str]:
+    """The SHA-256 of each that is a regular file."""
+    paths = {name: Path(name).expanduser() for name in sorted(set(names))}
+    return {name: sha256(path) for name, path in paths.items() if path.is_file()}
+
+
+def belongings(folder: Path, header: Mapping[str, Any]) -> list[Path]:
+    """The files that a run and its stages wrote by themselves, and no other; config.json last."""
+    found = []
+    for inner in folder.iterdir():
+        if inner.is_dir() and (stage := read_header(inner)) and stage["stage"]:
+            found += belongings(inner, stage)
+    found += [*model_files(folder / "model"), *checkpoint_files(folder), *folder.glob("tensorboard/events.*")]
+    ours = [folder / name for name in [*header["files"], "result.json", "log.txt", "config.json"]]
+    return found + [path for path in ours if path.is_file() or path.is_symlink()]
 
 
 def clear(folder: Path, header: Mapping[str, Any]) -> None:
     """Take away what a run and its stages wrote by themselves, and nothing else; config.json goes last."""
-    for inner in folder.iterdir():
-        if inner.is_dir() and (stage := read_header(inner)) and stage["stage"]:
-            clear(inner, stage)
-    for path in [*checkpoint_files(folder), *folder.glob("tensorboard/events.*")]:
+    gone = belongings(folder, header)
+    for path in gone:
         path.unlink()
-    for name in [*header["files"], "result.json", "log.txt", "config.json"]:
-        (folder / name).unlink(missing_ok=True)
-    for emptied in (folder / "checkpoints", folder / "tensorboard", folder):  # a folder with something else in it stays
-        with contextlib.suppress(OSError):
-            emptied.rmdir()
+    emptied = {folder / "checkpoints", folder / "tensorboard", *(path.parent for path in gone)}
+    for inner in sorted(emptied, key=lambda path: len(path.parts), reverse=True):
+        with contextlib.suppress(OSError):  # a folder with something else in it stays
+            inner.rmdir()
 
 
-def checkpoint_files(folder: Path) -> list[Path]:
-    """Checkpoints, their hashes, and what a killed process left of either."""
+def model_files(folder: Path) -> list[Path]:
+    """What saving a model writes, config.json last: while it is there, the folder is known to hold a model."""
+    ours = re.compile(
+        r"((adapter_|generation_)?config|(tokenizer|special|added|chat|tokenmdp)_\w+|tokenizer|vocab)\.json"
+        r"|(adapter_)?model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
+        r"|(vocab|merges)\.txt|chat_template\.jinja|(tokenizer|spiece|sentencepiece\.bpe)\.model"
+    )
+    if folder.is_symlink() or not (folder / "config.json").is_file() or read_header(folder) is not None:
+        return []
+    found = [path for path in folder.iterdir() if ours.fullmatch(path.name) and not path.is_dir()]
+    return sorted(found, key=lambda path: (path.name == "config.json", path.name))
+
+
+def checkpoint_files(folder: Path, folders: bool = False) -> list[Path]:
+    """Checkpoints, their hashes, and what a killed process left of either; or the folders that bear such a name."""
     ours = re.compile(r"\.?step-\d+\.(safetensors|sha256)(\.tmp)?")
-    return [path for path in folder.glob("checkpoints/*") if ours.fullmatch(path.name)]
+    return [p for p in folder.glob("checkpoints/*") if ours.fullmatch(p.name) and p.is_dir() == folders]
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -125,9 +182,18 @@ def find_fault(path: Path) -> str:
     seal = path.with_suffix(".sha256")
     if not seal.exists():
         return f"{seal.name} is missing"
-    if seal.read_text().split()[:1] != [sha256(path)]:
-        return f"its bytes do not match {seal.name}: it is damaged or half written"
-    for name, size in json.loads(read_about(path)["files"]).items():
+    try:
+        if seal.read_bytes().split()[:1] != [sha256(path).encode()]:  # bytes: a damaged seal need not be text
+            return f"its bytes do not match {seal.name}: it is damaged or half written"
+        about = read_about(path)
+        sizes = dict(json.loads(about["files"]))
+        json.loads(about["scalars"])
+        int(about["step"])
+    except OSError as fault:
+        return f"it cannot be read: {fault}"
+    except (SafetensorError, KeyError, TypeError, ValueError) as fault:
+        return f"it matches {seal.name} and yet is no checkpoint: {fault!r}"
+    for name, size in sizes.items():
         file = path.parent.parent / name
         if not file.exists() or file.stat().st_size < size:
             return f"{name} is shorter than it was at that step"
