@@ -1,15 +1,16 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import tyro
 
-from tokenmdp import config
+from tokenmdp import cli, config
 
 
 @dataclass(frozen=True)
@@ -203,6 +204,83 @@ def test_a_flag_of_the_wrong_type_is_said_and_stops(capsys: pytest.CaptureFixtur
     said = capsys.readouterr().err
     assert "--steps" in said
     assert "'many'" in said
+
+
+# Ranges ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ranged:
+    steps: int = 1
+    warmup: int = 0
+    clip: float = 0.2
+    learning_rate: float = 1e-5
+    head_learning_rate: float = 1e-3
+    held_out: float = 0.1
+    keep: float = 0.2
+    top_p: float = 1.0
+    temperature: float = 0.0
+    prompts: str = ""  # another type than where it is a count
+    margin: bool = False
+    other: float = -1.0
+    weights: Mapping[str, float] = field(default_factory=dict)
+    inner: Inner = field(default_factory=Inner)
+
+
+@dataclass(frozen=True)
+class Counted:
+    held_out: int = 200  # rows, not a share
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "range_"),
+    [
+        ("--steps", "0", "at least 1"),
+        ("--warmup", "-1", "at least 0"),
+        ("--clip", "nan", "a finite number"),
+        ("--clip", "-0.1", "at least 0"),
+        ("--learning-rate", "0.0", "above 0"),
+        ("--head-learning-rate", "-1.0", "above 0"),
+        ("--held-out", "-1.0", "in (0, 1)"),
+        ("--keep", "1.0", "in (0, 1)"),
+        ("--top-p", "0.0", "in (0, 1]"),
+        ("--temperature", "inf", "a finite number"),
+        ("--other", "-inf", "a finite number"),
+        ("--inner.steps", "-3", "at least 1"),
+    ],
+)
+def test_a_number_outside_its_range_names_flag_value_and_range(flag: str, value: str, range_: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"{flag} is {value}; it must be {range_}")):
+        parse(f"{flag}={value}", kind=Ranged)
+
+
+def test_ranges_hold_for_files_presets_options_and_tables(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("weights: {gold: .nan}\n")
+    with pytest.raises(ValueError, match="--weights is nan; it must be a finite number"):
+        parse("--config", str(tmp_path / "x.yaml"), kind=Ranged)
+    with pytest.raises(ValueError, match="--steps is 0; it must be at least 1"):
+        config.parse(Ranged, [], "tokenmdp toy", None, {"steps": 0})
+    with pytest.raises(ValueError, match="--threads is -1; it must be at least 0"):
+        parse("--threads=-1", kind=Ranged)
+    assert parse("--config", str(tmp_path / "x.yaml"), "--weights.gold", "1", kind=Ranged)[0].weights == {"gold": 1.0}
+
+
+def test_a_whole_number_of_held_out_rows_is_a_count() -> None:
+    assert parse("--held-out", "7", kind=Counted)[0].held_out == 7
+    with pytest.raises(ValueError, match="--held-out is 0; it must be at least 1"):
+        parse("--held-out", "0", kind=Counted)
+
+
+@pytest.mark.parametrize("verb", cli.find_verbs().values(), ids=lambda verb: verb.name)
+def test_no_default_and_no_variant_is_refused(verb: cli.Verb) -> None:
+    kind = verb.load().Config
+    settings, _ = config.parse(kind, [], f"tokenmdp {verb.name}", None, verb.preset)
+    assert settings == kind(**verb.preset)
+
+
+def test_every_range_belongs_to_a_setting_there_is() -> None:
+    kinds = [config.Options, *(verb.load().Config for verb in cli.find_verbs().values())]
+    assert config.RANGES.keys() <= {f.name for kind in kinds for f in fields(kind)}
 
 
 def test_a_config_that_cannot_give_flags_is_refused() -> None:

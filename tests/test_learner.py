@@ -359,3 +359,22 @@ def test_settings_outside_their_range_are_named(settings: dict[str, Any], messag
 def test_a_learner_needs_something_that_trains() -> None:
     with pytest.raises(ValueError, match="no weight trains: take a twin"):
         Learner(tiny("llama").freeze(), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"warmup": -1}, "warmup=-1"),
+        ({"steps": -2}, "steps=-2"),
+        ({"weight_decay": -0.1}, r"weight_decay=-0\.1"),
+        ({"weight_decay": float("nan")}, "weight_decay=nan"),
+        ({"clip_norm": float("nan")}, "clip_norm=nan"),
+        ({"learning_rate": float("inf")}, "learning_rate=inf"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan"),
+        ({"rates": {"x": -1.0}}, r"rates\['x'\]=-1\.0"),
+        ({"rates": {"x": float("inf")}}, r"rates\['x'\]=inf"),
+    ],
+)
+def test_what_would_train_nonsense_is_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Learner(One(1.0), **{"learning_rate": 1e-3, **changes})

@@ -2,20 +2,22 @@
 
 What a file or a command line may say is what the dataclass declares and nothing else. A key that no field answers to, a
 key given twice and a value of another type are errors that name the file, the key and what was expected: a setting that
-is silently ignored costs more than any crash.
+is silently ignored costs more than any crash. So is a number outside its range: `RANGES` has them by the name of the
+field, which means the same in every recipe.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from dataclasses import asdict as as_dict
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union
 
 import tyro
 import yaml
@@ -36,6 +38,77 @@ class Options:
     log: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()  # dashboards besides metrics.jsonl
     print_config: bool = False  # print the resolved settings as YAML and stop
     debug: bool = False  # show the traceback of an error
+
+
+class Range(NamedTuple):
+    """The numbers from `least` to `most`; `ends` says which of the two belong to them, as intervals are written."""
+
+    least: float
+    most: float = math.inf
+    ends: str = "[]"
+
+    def holds(self, value: float) -> bool:
+        """Whether the value lies in the range; NaN lies in none."""
+        above = value >= self.least if self.ends[0] == "[" else value > self.least
+        return above and (value <= self.most if self.ends[1] == "]" else value < self.most)
+
+    def __str__(self) -> str:
+        if self.most == math.inf:
+            return f"at least {self.least:g}" if self.ends[0] == "[" else f"above {self.least:g}"
+        return f"in {self.ends[0]}{self.least:g}, {self.most:g}{self.ends[1]}"
+
+
+COUNT, NOT_NEGATIVE, POSITIVE = Range(1), Range(0), Range(0, ends="(]")
+FRACTION, SHARE = Range(0, 1), Range(0, 1, "()")
+
+RANGES: Mapping[str, Range] = {
+    **dict.fromkeys(("steps", "rows", "prompts", "samples", "epochs", "minibatches", "pairs", "demonstrations"), COUNT),
+    **dict.fromkeys(("max_new_tokens", "max_tokens", "micro_tokens", "evaluate_every", "sync"), COUNT),
+    **dict.fromkeys(("n", "k", "block", "chunk"), COUNT),
+    **dict.fromkeys(
+        ("kl", "kl_target", "clip", "clip_high", "entropy", "truncation", "centring", "margin"), NOT_NEGATIVE
+    ),
+    **dict.fromkeys(("desirable", "undesirable", "demo_weight", "cql", "temperature"), NOT_NEGATIVE),
+    **dict.fromkeys(("warmup", "warm_steps", "futures", "rollouts", "overlong", "dynamic_sampling"), NOT_NEGATIVE),
+    **dict.fromkeys(("top_k", "threads"), NOT_NEGATIVE),
+    **dict.fromkeys(("learning_rate", "rate", "beta", "sigma"), POSITIVE),
+    **dict.fromkeys(("gamma", "lam", "demo_decay"), FRACTION),
+    **dict.fromkeys(("target_rate", "top_p"), Range(0, 1, "(]")),
+    **dict.fromkeys(("held_out", "keep", "tau"), SHARE),
+    "label_smoothing": Range(0, 0.5, "[)"),
+}
+"""What a setting may be, by the name of its field. A recipe may ask for more: `samples` of at least 2."""
+
+
+def allowed(name: str, value: float) -> Range | None:
+    """The range of a field's value; None if any number will do.
+
+    What ends in `learning_rate` is one. A whole number is no share: `held_out` of 200 counts rows.
+    """
+    found = RANGES.get("learning_rate" if name.endswith("learning_rate") else name)
+    return COUNT if found == SHARE and isinstance(value, int) else found
+
+
+def check(settings: Any, prefix: str = "") -> None:
+    """Refuse numbers outside `RANGES`, NaN and infinity; `prefix` is the way to the settings from the top.
+
+    Raises:
+        ValueError: naming the flag, the value and the range.
+    """
+    for field in fields(settings):
+        value, flag = getattr(settings, field.name), f"--{prefix}{field.name}".replace("_", "-")
+        if is_dataclass(value):
+            check(value, f"{prefix}{field.name}.")
+            continue
+        parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else [value]
+        for number in parts:
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                continue
+            if not math.isfinite(number):
+                raise ValueError(f"{flag} is {number}; it must be a finite number")
+            within = allowed(field.name, number)
+            if within is not None and not within.holds(number):
+                raise ValueError(f"{flag} is {number}; it must be {within}")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -211,7 +284,8 @@ def parse(
     """The settings and the options of a run: defaults, then `preset`, the file given by --config, and the flags.
 
     Raises:
-        ValueError: an unknown flag or key, a wrong value, or a field of `kind` that bears the name of an option.
+        ValueError: an unknown flag or key, a wrong value, a number outside its range (see `check`), or a field of `kind`
+            that bears the name of an option.
         SystemExit: after --help (0), or after saying which flag's value cannot be used (2).
     """
     if not (isinstance(kind, type) and is_dataclass(kind)):
@@ -234,4 +308,6 @@ def parse(
             raise ValueError(f"unknown flag {flag!r}{did_you_mean(flag, flags(kind) + flags(Options))}")
     if rest:
         raise ValueError(f"{rest[0]!r} belongs to no flag; settings are given as --field value (`{prog} --help`)")
+    check(settings)
+    check(options)
     return settings, options

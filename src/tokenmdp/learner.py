@@ -8,6 +8,7 @@ row each, over several processes) adds up to the same gradient. Nothing here ave
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
@@ -63,10 +64,22 @@ class Learner:
         named = list(module.trained())
         if not named:
             raise ValueError("no weight trains: take a twin of the model with train='all', 'top-N' or 'lora-R' first")
-        if not learning_rate > 0 or tokens < 1 or clip_norm < 0:
+        for what, rate in {
+            "learning_rate": learning_rate,
+            **{f"rates[{k!r}]": v for k, v in (rates or {}).items()},
+        }.items():
+            if not 0 < rate < math.inf:
+                raise ValueError(
+                    f"{what}={rate}: a step size must be positive and finite; to freeze weights choose `train`"
+                )
+        if tokens < 1 or not clip_norm >= 0:
             raise ValueError(
-                f"learning_rate={learning_rate}, tokens={tokens}, clip_norm={clip_norm}: "
-                "the first two must be positive, the last at least 0"
+                f"tokens={tokens}, clip_norm={clip_norm}: the first must be positive, the second at least 0"
+            )
+        if min(steps, warmup) < 0 or not 0 <= weight_decay < math.inf:
+            raise ValueError(
+                f"steps={steps}, warmup={warmup}, weight_decay={weight_decay}: each must be at least 0 and finite; "
+                "0 is no schedule, no warmup, no decay"
             )
         if schedule not in ("constant", "linear"):
             raise ValueError(f"schedule is {schedule!r}; it must be constant or linear")

@@ -100,5 +100,18 @@ def test_a_prompt_without_any_verdict_is_not_counted_as_zero(tmp_path: Path) -> 
         result = best_of_n.train(cfg, policy, prompts, reward, run)
     assert result["score_mean"] == 1.0
     assert result["score_best"] == 1.0
+    assert result["no_verdict"] == 3
     assert sum(line["no_verdict"] for line in lines(tmp_path / "run", "metrics.jsonl")) == 3
     assert [s["proxy"] for s in lines(tmp_path / "run", "samples.jsonl") if s["row"] == prompts[1].row] == [None, None]
+
+
+def test_without_any_verdict_there_is_no_score(tmp_path: Path) -> None:
+    def judge(completions: list[str], **_: Any) -> list[float | None]:
+        return [None] * len(completions)
+
+    cfg, (policy, prompts, _) = build_best_of_n(prompts=4, n=3)
+    with Run.open(tmp_path / "run", config={}, seed=0) as run:
+        result = best_of_n.train(cfg, policy, prompts, FunctionReward(judge, max_missing=1.0), run)
+    assert result["score_mean"] is result["score_best"] is None
+    assert result["no_verdict"] == 12
+    assert all("objective/scores" not in line for line in lines(tmp_path / "run", "metrics.jsonl"))

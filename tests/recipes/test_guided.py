@@ -146,6 +146,17 @@ def test_what_has_no_verdict_is_kept_last_and_counted(tmp_path: Path) -> None:
     assert chosen == 0
 
 
+def test_without_any_verdict_there_is_no_score(tmp_path: Path) -> None:
+    def judge(completions: list[str], **_: Any) -> list[float | None]:
+        return [None] * len(completions)
+
+    reward = FunctionReward(judge, name="judge", max_missing=1.0)
+    figures, _, metrics = run_guided(tmp_path / "run", reward=reward, prompts=4)
+    assert figures["score_mean"] is figures["score_guided"] is None
+    assert figures["no_verdict"] == 8  # four plain answers and four guided ones
+    assert all("objective/scores" not in line for line in metrics)
+
+
 @pytest.mark.parametrize("changes", [{"k": 0}, {"block": 0}, {"rollouts": -1}])
 def test_what_is_outside_its_range_is_named(changes: dict[str, Any], tmp_path: Path) -> None:
     ((name, value),) = changes.items()

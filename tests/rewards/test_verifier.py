@@ -166,6 +166,42 @@ def test_refusals_no_number_and_wrong_numbers_score_zero_with_a_verdict(text: st
     assert score.verdict.tolist() == [True]
 
 
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("\\boxed{2\\sqrt{3}}", 2), ("\\boxed{2\\sqrt{3}}", 3), ("\\boxed{2^{10}}", 2), ("\\boxed{2^{10}}", 10),
+        ("\\boxed{3\\pi}", 3), ("\\boxed{3 \u03c0}", 3), ("\\boxed{10^3}", 10), ("\\boxed{5\u00b2}", 5),
+        ("\\boxed{\\sqrt{3}}", 3), ("\\boxed{\\frac{\\pi}{3}}", 3), ("\\boxed{\\frac{\\sqrt{3}}{2}}", 3),
+        ("\\boxed{3 \\cdot 4}", 3), ("\\boxed{3 \\times 4}", 3), ("\\boxed{0.\\overline{3}}", 0), ("\\boxed{(5, 6)}", 5),
+        ("The answer is 2**10", 2), ("The answer is 2 * x", 2), ("#### 12 - 5", 12), ("#### 3 x 4", 3),
+        ("The answer is not 5", 5), ("The answer is 5 or 6", 5), ("it is 5 or 6", 6), ("#### 5 6 7 8", 5), ("#### 1,2,3", 1),
+        ("Answer: 5, 6, 7", 5), ("#### 0x1F", 0), ("2\\sqrt{3}", 3), ("10^3", 3), ("3\\pi", 3),
+    ],
+)  # fmt: skip
+def test_no_part_of_an_expression_passes_for_the_whole(text: str, number: int):
+    assert scores([text], number) == [0.0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\\boxed{42^\\circ}", "\\boxed{42^{\\circ}}", "\\boxed{42\\text{ kg}}", "\\boxed{42\\,\\mathrm{m}^2}", "\\boxed{42\\%}",
+        "\\boxed{\\$42}", "\\boxed{\\text{42}}", "\\boxed{x \\approx 42}", "The answer is \\(42\\).", "The answer is $42$.",
+        "**Answer:** **42**", "The answer is **42** apples", "The answer is 42, not 41", "The answer is 42, 5 more.",
+        "The answer is 42/day", "The answer is 42 m^2", "Answer: 42 - because 6*7", "The answer is 42 (6 + 36)",
+        "The answer is 42! Yes", "#### 4.2 \\times 10^{1}", "\\boxed{4.2e1}", "so 42\n* checked",
+    ],
+)  # fmt: skip
+def test_units_words_and_layout_leave_a_number_alone(text: str):
+    assert scores([text]) == [1.0]
+
+
+def test_a_mark_in_words_takes_an_answer_back_only_with_a_number_at_once():
+    later = " This is the answer: explained in 3 steps."
+    assert scores([first + later for first in ("The answer is 42.", "\\boxed{42}", "#### 42\n")]) == [1, 1, 1]
+    assert scores(["The answer is 41. So the answer is about 42.", "The answer is 42. No: the answer is 41."]) == [1, 0]
+
+
 def test_percent_passes_for_the_number_and_for_the_share():
     assert scores(["50%", "50", "0.5", "1/2", "0.50 percent", "5000%"], "50%") == [1, 1, 1, 1, 0, 0]
     assert scores(["50%", "0.5", "50", "50 per cent"], 0.5) == [1, 1, 0, 1]
@@ -188,13 +224,40 @@ def test_answers_as_data_sets_write_them(answer: Any):
     assert scores(["it is 42", "43"], answer) == [1.0, 0.0]
 
 
-@pytest.mark.parametrize("answer", [None, "", "unknown", float("nan"), float("inf"), True, [42]])
+def asked(*columns: dict[str, Any]) -> Batch:
+    prompts = [Prompt((1,), "Q", i, row) for i, row in enumerate(columns)]
+    return Batch.build(prompts, [[1]] * len(prompts), texts=["42"] * len(prompts), ended=[True] * len(prompts))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        None,
+        "",
+        "unknown",
+        float("nan"),
+        float("inf"),
+        True,
+        [42],
+        "0x2A",
+        "42\\sqrt{2}",
+        "3\\pi",
+        "42^{10}",
+        "41 or 42",
+    ],
+)
 def test_an_answer_that_is_not_there_is_no_verdict(answer: Any):
-    score = NumericVerifier()(said(["42"], answer))
-    assert score.verdict.tolist() == [False]
-    assert score.value.tolist() == [0.0]
-    lacking = Batch.build([Prompt((1,), "Q")], [[1]], texts=["42"], ended=[True])
-    assert NumericVerifier()(lacking).verdict.tolist() == [False]
+    score = NumericVerifier()(asked({"answer": answer}, {"answer": 42}, {}))
+    assert score.verdict.tolist() == [False, True, False]
+    assert score.value.tolist() == [0.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("rows", [[{}], [{"answer": None}] * 2, [{"solution": 42, "level": 3}] * 2])
+def test_a_batch_without_any_answer_names_the_column_and_those_there_are(rows: list[dict[str, Any]]):
+    names = ", ".join(rows[0]) or "none"
+    with pytest.raises(ValueError, match=rf"'answer'.*the columns are: {names}\. .*numeric:column=NAME"):
+        NumericVerifier()(asked(*rows))
+    assert NumericVerifier(column="solution")(asked({"solution": 42})).value.tolist() == [1.0]
 
 
 # -- thinking ---------------------------------------------------------------------------------------------------------

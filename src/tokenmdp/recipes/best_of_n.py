@@ -50,6 +50,10 @@ def best(value: Tensor, verdict: Tensor, n: int) -> Tensor:
 def train(cfg: Config, policy: Policy, prompts: list[Prompt], reward: Reward, run: Run) -> dict[str, object]:
     """Answer each prompt by the best of n; responses go to samples.jsonl. (Nothing is trained: the name is the
     recipes' common one.)
+
+    Returns:
+        Mean scores, of all responses and of the best: None where none got a verdict; `no_verdict` counts those that
+        got none.
     """
     sampling = Sampling(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature)
     totals = Totals()
@@ -74,40 +78,38 @@ def train(cfg: Config, policy: Policy, prompts: list[Prompt], reward: Reward, ru
                 run.append("samples.jsonl", line)
         judged = score.verdict
         kept = chosen[judged[chosen]]  # of a prompt whose every response lacks a verdict nothing is counted
-        totals.add(float(score.value[judged].sum()), int(judged.sum()), float(score.value[kept].sum()), len(kept))
-        run.log(
-            step,
-            {
-                "objective/scores": totals.mean,
-                "objective/scores_best": totals.best,
-                **measures.responses(b, score),
-            },
-            headline=("objective/scores", "objective/scores_best"),
-        )
+        all_of_them, best_ones = float(score.value[judged].sum()), float(score.value[kept].sum())
+        totals.add(all_of_them, int(judged.sum()), best_ones, len(kept), int((~judged).sum()))
+        found = {"objective/scores": totals.mean, "objective/scores_best": totals.best}
+        known = {name: value for name, value in found.items() if value is not None}
+        run.log(step, {**known, **measures.responses(b, score)}, headline=tuple(known))
     return {
         "score_mean": totals.mean,
         "score_best": totals.best,
         "kl_bound_nats": kl.best_of_n_kl(cfg.n),
         "prompts": len(prompts),
+        "no_verdict": int(totals.sums[4]),
     }
 
 
 class Totals:
-    """Running sums of all scores and of the best ones."""
+    """Running sums: of all scores and of the best ones, each with their number; of responses without a verdict."""
 
     def __init__(self) -> None:
-        self.sums = [0.0, 0.0, 0.0, 0.0]
+        self.sums = [0.0] * 5
 
     def add(self, *values: float) -> None:
         self.sums = [a + b for a, b in zip(self.sums, values, strict=True)]
 
     @property
-    def mean(self) -> float:
-        return self.sums[0] / max(self.sums[1], 1.0)
+    def mean(self) -> float | None:
+        """None where nothing was judged: that is no 0."""
+        return self.sums[0] / self.sums[1] if self.sums[1] else None
 
     @property
-    def best(self) -> float:
-        return self.sums[2] / max(self.sums[3], 1.0)
+    def best(self) -> float | None:
+        """As `mean`, of the best."""
+        return self.sums[2] / self.sums[3] if self.sums[3] else None
 
     def tensors(self) -> dict[str, Tensor]:
         return {}

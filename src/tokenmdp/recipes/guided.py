@@ -143,10 +143,20 @@ class Guide:
 
 
 class Totals:
-    """Running sums: of plain scores, of guided ones, of tokens."""
+    """Running sums: of plain scores and of guided ones, each with their number; of tokens; of what got no verdict."""
 
     def __init__(self) -> None:
-        self.sums = [0.0] * 6
+        self.sums = [0.0] * 7
+
+    @property
+    def plain(self) -> float | None:
+        """The mean; None where nothing was judged: that is no 0."""
+        return self.sums[0] / self.sums[1] if self.sums[1] else None
+
+    @property
+    def guided(self) -> float | None:
+        """As `plain`, of the guided ones."""
+        return self.sums[2] / self.sums[3] if self.sums[3] else None
 
     def add(self, *values: float) -> None:
         self.sums = [a + b for a, b in zip(self.sums, values, strict=True)]
@@ -164,6 +174,10 @@ class Totals:
 def train(cfg: Config, policy: Policy, prompts: list[Prompt], reward: Reward, run: Run) -> dict[str, object]:
     """Answer each prompt plainly and guided; responses go to samples.jsonl. (Nothing is trained: the name is the
     recipes' common one.)
+
+    Returns:
+        Mean scores, of plain and of guided answers: None where none got a verdict; `no_verdict` counts the answers of
+        both kinds that got none (the metric of that name counts candidates).
 
     Raises:
         ValueError: k or block is below 1, or rollouts below 0.
@@ -185,26 +199,29 @@ def train(cfg: Config, policy: Policy, prompts: list[Prompt], reward: Reward, ru
                 line = {"prompt": p.text, "arm": arm, "row": p.row, "text": b.texts[i], "ended": bool(b.ended[i])}
                 run.append("samples.jsonl", {**line, "proxy": proxy})
         b = arms["guided"]
-        totals.add(*figures, float(guide.tokens), float(arms["first"].action.sum()))
+        unjudged = sum(map(len, arms.values())) - figures[1] - figures[3]
+        totals.add(*figures, float(guide.tokens), float(arms["first"].action.sum()), unjudged)
+        found = {"objective/scores": totals.plain, "objective/scores_best": totals.guided}
+        known = {name: value for name, value in found.items() if value is not None}
         run.log(
             step,
             {
-                "objective/scores": totals.sums[0] / max(1.0, totals.sums[1]),
-                "objective/scores_best": totals.sums[2] / max(1.0, totals.sums[3]),
+                **known,
                 "completions/mean_length": float(b.action.sum(-1).float().mean()),
                 "completions/clipped_ratio": float((~b.ended).float().mean()),
                 "num_tokens": float(guide.tokens),
                 "no_verdict": float(guide.missing),
             },
-            headline=("objective/scores", "objective/scores_best"),
+            headline=tuple(known),
         )
     blocks = -(-cfg.max_new_tokens // cfg.block)
     return {
-        "score_mean": totals.sums[0] / max(1.0, totals.sums[1]),
-        "score_guided": totals.sums[2] / max(1.0, totals.sums[3]),
+        "score_mean": totals.plain,
+        "score_guided": totals.guided,
         "tokens_guided_per_plain": totals.sums[4] / max(1.0, totals.sums[5]),
         "kl_bound_nats": blocks * kl.best_of_n_kl(cfg.k),
         "prompts": len(prompts),
+        "no_verdict": int(totals.sums[6]),
     }
 
 

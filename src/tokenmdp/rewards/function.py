@@ -34,6 +34,9 @@ from tokenmdp.types import Batch, Score
 LOAD_SECONDS = 300.0
 """How long a file may take to load (it may import large libraries)."""
 
+OPTIONS = "on the command line they follow the name: --reward file.py:function:timeout_seconds=20,max_missing=0.9"
+"""How a function's limits are given, for the errors that ask for others."""
+
 
 class RewardFailure(ValueError):
     """Too many responses of one batch got no verdict: the function or its limits need a change."""
@@ -87,7 +90,7 @@ class FunctionReward:
         if not timeout_seconds > 0 or not 0 <= max_missing <= 1:
             raise ValueError(
                 f"timeout_seconds={timeout_seconds}, max_missing={max_missing}: the first must be positive, the second "
-                "a share between 0 and 1"
+                f"a share between 0 and 1; {OPTIONS}"
             )
         self._call: Runner
         if isinstance(function, str):
@@ -121,7 +124,7 @@ class FunctionReward:
             raise RewardFailure(
                 f"reward {self.name} gave no verdict for {len(reasons)} of {len(rows)} responses (batch of "
                 f"{len(batch)}, at most {self.max_missing:.0%} may lack one). {first}. Mend the function, or "
-                f"allow more: timeout_seconds is {self.timeout_seconds:g}, max_missing {self.max_missing:g}"
+                f"allow more: timeout_seconds is {self.timeout_seconds:g}, max_missing {self.max_missing:g}; {OPTIONS}"
             )
         return self._score(batch, rows)
 

@@ -17,7 +17,11 @@ What can be read in two ways is read in one, always the same:
 - digits joined by marks in any other way are a list (`1,2,3` is three numbers);
 - `a b/c` is a mixed number if b/c is below 1; a fraction is its value, reduced or not (6/3 is 2).
 
-Number words are not read: there is no number in "twelve", and "2 million" is 2.
+Number words are not read: there is no number in "twelve", and "2 million" is 2. Neither is 0x1F: it is no decimal.
+
+An answer is a number that stands alone. `2\\sqrt{3}`, `2^{10}`, `3\\pi`, `12 - 5`, `5 or 6`, `not 5` and `5 6 7 8` hold
+numerals, but say no number: nothing is worked out, and no part of them passes for the whole. Units, currency, percent,
+degrees and words may follow: `5 kg`, `5\\text{ kg}`, `$5`, `5^\\circ`, `5 apples`.
 """
 
 from __future__ import annotations
@@ -70,6 +74,24 @@ _MARK = re.compile(
     re.IGNORECASE,
 )
 _SENTENCE = re.compile(r"[.!?;](?=\s|$)")
+_AT_ONCE = re.compile(r"[\W_]*(?:[^\W\d_]+[\W_]+)?\d")  # the number of a mark, after one word at most
+_LITERAL = re.compile(r"(?<![A-Za-z_\d.,])0(?:[xX][0-9A-Fa-f]+|[bB][01]+|[oO][0-7]+)(?!\w)")
+
+_QUIET = (  # LaTeX commands beside a number that leave its value alone: text, units, layout
+    r"text\w*|math(?:rm|bf|it|sf|tt|normal)|mbox|fbox|boxed|operatorname|boldsymbol|underline|displaystyle|color|"
+    r"left|right|big\w*|q?quad|hspace|newline|circ|degree|deg|mu|Omega|ohm|euro|pounds|cents?|"
+    r"item|approx|implies|Rightarrow|therefore|because|p?mod|bmod|begin|end|square|blacksquare|checkmark"
+)
+_COMMAND = rf"\\(?!(?:{_QUIET})(?![A-Za-z]))[A-Za-z]+"
+_ORDINAL = r"\{?\s*(?:\\(?:circ|degree|text|mathrm|mbox)(?![A-Za-z])|°|(?:st|nd|rd|th)\b)"
+_GOES_ON = re.compile(  # what stands right after a numeral that is only a part of something
+    rf"\}}*[^\S\n]*(?:\^(?!\s*{_ORDINAL})|[×·⋅÷√π²³⁴⁵⁶⁷⁸⁹]|\.?{_COMMAND}|\*{{1,2}}[\w\\({{]|(?<=\s)\*|[x/+-]\s*\d|[/+-]\s*{_COMMAND}"
+    rf"|or\b|-?\.?\d|[,;&]\s*-?\d[\d.]*\s*(?:$|[,;&)}}\]$]|\.(?!\d)|(?:and|or)\b))",
+    re.IGNORECASE,
+)
+_BEGAN = re.compile(  # what stands right before one
+    rf"(?:\^|[√π]|{_COMMAND}|\\[cdt]?frac\s*\{{[^{{}}]*\}})[\s{{}}()\[\]+*/$-]*$|\b(?:or|not)\b[\s$*-]*$", re.IGNORECASE
+)
 
 
 def numerals(text: str) -> list[Numeral]:
@@ -80,23 +102,25 @@ def numerals(text: str) -> list[Numeral]:
 def answer(text: str) -> Numeral | None:
     """The number that a text gives as its answer, None where it gives none.
 
-    A marked answer wins: `\\boxed{42}`, `#### 42`, `the answer is 42`, `Answer: 42`; of several marks the last. Of what
-    is marked the first number counts, or where the sentence has an equals sign the first after the last of these (`the
-    answer is 12 - 5 = 7` is 7); a mark without a number on its line, or a box that never closes, is no answer. Without
-    any mark the last number of the text counts.
+    A marked answer wins: `\\boxed{42}`, `#### 42`, `the answer is 42`, `Answer: 42`; of several marks the last. A mark in
+    words that a number does not follow at once, after one word at most, yields to an earlier mark: `the answer: explained
+    in 3 steps` takes nothing back. Of what is marked the first number counts, or where the sentence has an equals sign
+    the first after the last of these (`the answer is 12 - 5 = 7` is 7); a mark without a number on its line, or a box
+    that never closes, is no answer. Without any mark the last number of the text counts. A number that is part of an
+    expression, or stands beside `or` or after `not`, is no answer.
     """
     marks = list(_MARK.finditer(text))
     if not marks:
-        everything = numerals(text)
-        return everything[-1] if everything else None
-    last = marks[-1]
-    marked = text[last.end() :]
-    inside = _inside(marked) if last["box"] else marked.lstrip(" \t\r\n:=*_").partition("\n")[0]
+        return _alone(text, -1)
+    inside = _marked(text, marks[-1])
+    for mark in reversed(marks):
+        line = _marked(text, mark)
+        if mark["box"] or mark[0] == "####" or _AT_ONCE.match(_plain(line)):
+            inside = line
+            break
     sentence = _SENTENCE.split(inside, maxsplit=1)[0]
-    for part in (sentence.rpartition("=")[2], inside) if "=" in sentence else (inside,):
-        if found := numerals(part):
-            return found[0]
-    return None
+    after = sentence.rpartition("=")[2]
+    return _alone(after if "=" in sentence and numerals(after) else inside, 0)
 
 
 def known(value: Any) -> Numeral | None:
@@ -136,6 +160,18 @@ def written(value: Fraction, decimals: int = 4) -> str:
     return f"{sign}{whole}.{rest}" if rest else f"{sign}{whole}"
 
 
+def _alone(text: str, which: int) -> Numeral | None:
+    """The first (0) or the last (-1) numeral of a text, None if it is part of an expression or of a list."""
+    plain = _plain(text)
+    found = [m for m in _NUMERAL.finditer(plain) if len(m[0]) <= _LONGEST]
+    if not found:
+        return None
+    m = found[which]
+    said = list(_numbers(m, plain))
+    before = plain[max(0, m.start() - _LONGEST) : m.start()]
+    return None if len(said) != 1 or _GOES_ON.match(plain, m.end()) or _BEGAN.search(before) else said[0]
+
+
 def _plain(text: str) -> str:
     """The text with one way to write each sign: ASCII dashes, `a/b` for every fraction, `10^n`, no LaTeX spacing."""
     text = text.translate(_DASHES).replace("\u2044", "/")
@@ -145,34 +181,39 @@ def _plain(text: str) -> str:
     text = _FRACTION.sub(lambda m: f"{m[1]}{' ' * bool(m[1])}{m[2] or m[4]}/{m[3] or m[5]}", text)
     text = _VULGAR_AT.sub(lambda m: f"{m[1]}{' ' * bool(m[1])}{_VULGAR[m[2]]}", text)
     text = re.sub(r"(?<=10)[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda m: "^" + m[0].translate(_RAISED), text)
+    text = _LITERAL.sub("a literal", text)
     return _CODE.sub("$", text)
 
 
 def _found(plain: str) -> Iterator[Numeral]:
     for m in _NUMERAL.finditer(plain):
-        run, exponent, top, bottom, divisor = m[1], m[2] or m[3], m[4], m[5], m[6]
-        if len(m[0]) > _LONGEST:
-            continue
-        sign, percent, value = _sign(plain[max(0, m.start() - 16) : m.start()]), bool(m[7]), _value(run)
-        if value is None:  # a list: only its first number can bear the sign, only its last the rest
-            pieces = [Fraction(piece) for piece in _PIECE.findall(run)]
-            yield from (Numeral(piece * (sign if i == 0 else 1)) for i, piece in enumerate(pieces))
-            continue
-        if exponent:
-            value *= Fraction(10) ** max(-_POWER, min(_POWER, int(exponent)))
-        elif top:
-            part = Fraction(int(top), int(bottom)) if int(bottom) else Fraction(1)
-            if not (value.denominator == 1 and part < 1):  # `5 12/4` is no mixed number: two numerals
-                yield Numeral(sign * value)
-                sign, value = 1, Fraction(int(top), int(bottom) or 1)
-            else:
-                value += part
-        elif divisor:
-            below = _value(divisor)
-            if not below:  # a division by zero, or by a list, has no value
-                continue
-            value /= below
-        yield Numeral(sign * value, percent)
+        if len(m[0]) <= _LONGEST:
+            yield from _numbers(m, plain)
+
+
+def _numbers(m: re.Match[str], plain: str) -> Iterator[Numeral]:
+    """What one match says: a number, or several, or none."""
+    run, exponent, top, bottom, divisor = m[1], m[2] or m[3], m[4], m[5], m[6]
+    sign, percent, value = _sign(plain[max(0, m.start() - 16) : m.start()]), bool(m[7]), _value(run)
+    if value is None:  # a list: only its first number can bear the sign, only its last the rest
+        pieces = [Fraction(piece) for piece in _PIECE.findall(run)]
+        yield from (Numeral(piece * (sign if i == 0 else 1)) for i, piece in enumerate(pieces))
+        return
+    if exponent:
+        value *= Fraction(10) ** max(-_POWER, min(_POWER, int(exponent)))
+    elif top:
+        part = Fraction(int(top), int(bottom)) if int(bottom) else Fraction(1)
+        if not (value.denominator == 1 and part < 1):  # `5 12/4` is no mixed number: two numerals
+            yield Numeral(sign * value)
+            sign, value = 1, Fraction(int(top), int(bottom) or 1)
+        else:
+            value += part
+    elif divisor:
+        below = _value(divisor)
+        if not below:  # a division by zero, or by a list, has no value
+            return
+        value /= below
+    yield Numeral(sign * value, percent)
 
 
 def _value(run: str) -> Fraction | None:
@@ -199,6 +240,12 @@ def _sign(before: str) -> int:
     return (
         -1 if re.search(r"(?:^|[=:(\[{])[ ]*$", ahead) else 1
     )  # `- 5`: a sign only where nothing can be subtracted from
+
+
+def _marked(text: str, mark: re.Match[str]) -> str:
+    """What a mark marks: the inside of its box, or else the first line after it that is not empty."""
+    rest = text[mark.end() :]
+    return _inside(rest) if mark["box"] else rest.lstrip(" \t\r\n:=*_").partition("\n")[0]
 
 
 def _inside(marked: str) -> str:

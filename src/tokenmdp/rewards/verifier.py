@@ -40,7 +40,7 @@ class NumericVerifier:
     """1 where the number that a response gives after its thinking equals the one in the prompt's `column`, else 0.
 
     A refusal, no number at all and thinking without an end score 0: they are wrong answers. A prompt whose column holds
-    no number gives no verdict.
+    no number gives no verdict. So does one whose column holds an expression (`2\\sqrt{3}`) or 0x1F: see `numerals`.
 
         right  ⇔  |said − answer| ≤ tolerance · |answer|        in rational arithmetic
 
@@ -69,7 +69,18 @@ class NumericVerifier:
         self.tolerance, self.think, self.column, self.name = tolerance, think, column, name
 
     def __call__(self, batch: Batch) -> Score:
-        """[B] 0 or 1."""
+        """[B] 0 or 1.
+
+        Raises:
+            ValueError: no row of the batch has a value in `column`: nothing could ever be learned from it.
+        """
+        if all(prompt.columns.get(self.column) is None for prompt in batch.prompts):
+            names = dict.fromkeys(name for prompt in batch.prompts for name in prompt.columns)
+            raise ValueError(
+                f"no row of the batch ({len(batch)} rows) has a value in the column {self.column!r} that the verifier "
+                f"{self.name} reads the right answer from; the columns are: {', '.join(names) or 'none'}. Give the answers "
+                "there, or name their column: --reward numeric:column=NAME"
+            )
         judged = [self.judge(prompt, text) for prompt, text in zip(batch.prompts, batch.texts, strict=True)]
         device = batch.tokens.device
         value = torch.tensor([float(right or False) for right in judged], device=device)
