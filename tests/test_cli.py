@@ -45,7 +45,8 @@ def main(cfg, run):
         if step == 1 and cfg.fail == "bug":
             raise RuntimeError("a fault of ours")
     print("said on stdout")
-    return {"draws": cfg.steps, "mean": 1 / 3, "kl": {"nats": 0.5}, "long": list(range(9)), "answer": neighbour.ANSWER}
+    gain = {"mean": 0.25, "low": 0.125, "high": 0.5}
+    return {"gain": gain, "draws": cfg.steps, "mean": 1 / 3, "kl": {"nats": 0.5}, "long": list(range(9)), "answer": neighbour.ANSWER}
 '''
 
 
@@ -126,6 +127,7 @@ def test_a_users_file_runs_like_a_recipe(folder: Path, capsys: pytest.CaptureFix
     out, err = capsys.readouterr()
     assert [line.split() for line in out.splitlines()] == [
         ["said", "on", "stdout"],
+        ["gain", "0.25", "[0.125,", "0.5]"],
         ["draws", "2"],
         ["mean", "0.3333"],
         ["kl.nats", "0.5"],

@@ -162,7 +162,9 @@ def show(result: Mapping[str, Any], folder: Path) -> None:
 
     def rows(part: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
         for key, value in part.items():
-            if isinstance(value, Mapping):
+            if isinstance(value, Mapping) and {"mean", "low", "high"} <= value.keys():
+                yield prefix + key, "{mean:.4g}  [{low:.4g}, {high:.4g}]".format(**value)
+            elif isinstance(value, Mapping):
                 yield from rows(value, f"{prefix}{key}.")
             elif isinstance(value, float):
                 yield prefix + key, f"{value:.4g}"
