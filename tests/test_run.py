@@ -439,8 +439,7 @@ def test_overwrite_takes_away_what_the_run_wrote_and_nothing_else(tmp_path: Path
     (tmp_path / "notes.md").write_text("mine")
     (tmp_path / "train.jsonl").write_text("mine\n")
     (tmp_path / "first/checkpoints/step-best.safetensors").write_text("mine")
-    with Run.open(tmp_path, {"other": 1}, seed=4, overwrite=True):
-        pass
+    Run.open(tmp_path, {"other": 1}, seed=4, overwrite=True).close()
     left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
     assert left == [".lock", "config.json", "first/checkpoints/step-best.safetensors", "notes.md", "train.jsonl"]
     assert json.loads((tmp_path / "config.json").read_text())["config"] == {"other": 1}

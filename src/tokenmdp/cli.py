@@ -63,42 +63,40 @@ class Verb:
         return module
 
 
-def read_verb(file: Path, module: str = "") -> Verb | None:
-    """The verb that a file is, found without importing it; None if it has no `Config` or no `main`."""
+def read_verbs(file: Path, module: str = "") -> list[Verb]:
+    """The verbs that a file is, found without importing it: its own, then one for every entry of its `VARIANTS`, a
+    table of settings by name written out as a literal; none if it has no `Config` or no `main`.
+    """
     tree = ast.parse(file.read_text(encoding="utf-8"), str(file))
     names = {node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
     if not {"Config", "main"} <= names:
-        return None
+        return []
     paragraph = " ".join((ast.get_docstring(tree) or "").partition("\n\n")[0].split())
-    return Verb(file.stem.replace("_", "-"), file, paragraph.partition(". ")[0].removesuffix("."), module)
-
-
-def variants(verb: Verb) -> list[Verb]:
-    """The verb, and what its file's `VARIANTS` make of it: a table of settings by name, written out as a literal."""
-    tree = ast.parse(verb.file.read_text(encoding="utf-8"))
-    tables = [
-        node.value
-        for node in tree.body
-        if isinstance(node, ast.Assign | ast.AnnAssign)
-        and node.value is not None
-        and any(
-            isinstance(n, ast.Name) and n.id == "VARIANTS"
-            for n in (node.targets if isinstance(node, ast.Assign) else [node.target])
-        )
-    ]
-    table: dict[str, dict[str, Any]] = ast.literal_eval(tables[-1]) if tables else {}
-    made = []
-    for name, preset in table.items():
+    verb = Verb(file.stem.replace("_", "-"), file, paragraph.partition(". ")[0].removesuffix("."), module)
+    made = [verb]
+    for name, preset in _literal(tree, "VARIANTS").items():
         settings = ", ".join(f"{key}={value}" for key, value in preset.items())
         made.append(replace(verb, name=name, preset=preset, help=f"{verb.name} with {settings}"))
-    return [verb, *made]
+    return made
+
+
+def _literal(tree: ast.Module, name: str) -> dict[str, dict[str, Any]]:
+    """What the module's last assignment to a name says; empty where there is none."""
+    found: dict[str, dict[str, Any]] = {}
+    for node in tree.body:
+        if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
+            continue
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+            found = ast.literal_eval(node.value)
+    return found
 
 
 def find_verbs(home: Path = HOME, package: str = "tokenmdp") -> dict[str, Verb]:
     """The verbs of a package, by name: its files in recipes/ with their variants, then those in lab/."""
     files = [(layer, file) for layer in ("recipes", "lab") for file in sorted((home / layer).glob("*.py"))]
-    found = [read_verb(file, f"{package}.{layer}.{file.stem}") for layer, file in files]
-    return {verb.name: verb for one in found if one is not None for verb in variants(one)}
+    found = [verb for layer, file in files for verb in read_verbs(file, f"{package}.{layer}.{file.stem}")]
+    return {verb.name: verb for verb in found}
 
 
 def user_verb(file: Path) -> Verb:
@@ -111,15 +109,15 @@ def user_verb(file: Path) -> Verb:
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {file}: `tokenmdp run FILE.py` takes a recipe of your own")
     try:
-        verb = read_verb(file)
+        verbs = read_verbs(file)
     except (SyntaxError, UnicodeDecodeError) as fault:
         raise ValueError(f"{file} is not Python that can be read: {fault}") from fault
-    if verb is None:
+    if not verbs:
         raise ValueError(
             f"{file} is not a recipe: it needs `@dataclass(frozen=True) class Config` and `def main(cfg, run)` at its "
             "top level; copy one of the files in tokenmdp/recipes and change it"
         )
-    return verb
+    return verbs[0]
 
 
 def execute(verb: Verb, argv: Sequence[str]) -> int:

@@ -21,7 +21,7 @@ from tokenmdp.models.policy import Policy
 from tokenmdp.models.sampling import Sampling
 from tokenmdp.run import Run
 from tokenmdp.tasks import Task
-from tokenmdp.types import Batch, Reward, Score
+from tokenmdp.types import Reward, Score
 
 PROMPTS, ANSWERS, SHOWN = 64, 4, 8
 
@@ -50,7 +50,7 @@ def held_out(
     scores = [reward(b) for b in answers]
     for arm, b, score in zip(("start", "trained"), answers, scores, strict=True):
         for row in range(0, min(len(b), SHOWN * ANSWERS), ANSWERS):
-            run.append("samples.jsonl", _line(arm, b, row, score))
+            run.sample(b, row, arm, proxy=score.at(row))
     (before, seen_before), (after, seen_after) = (_by_prompt(score) for score in scores)
     both = seen_before & seen_after
     if not both.any():
@@ -85,16 +85,3 @@ def _by_prompt(score: Score) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]
     count = shaped(score.verdict).sum(1)
     total = shaped(torch.where(score.verdict, score.value, torch.zeros_like(score.value))).sum(1)
     return (total / count.clamp(min=1)).numpy(), (count > 0).numpy()
-
-
-def _line(arm: str, b: Batch, row: int, score: Score) -> dict[str, Any]:
-    p = b.prompts[row]
-    proxy = float(score.value[row]) if bool(score.verdict[row]) else None
-    return {
-        "prompt": p.text,
-        "arm": arm,
-        "row": p.row,
-        "text": b.texts[row],
-        "ended": bool(b.ended[row]),
-        "proxy": proxy,
-    }

@@ -19,6 +19,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
+def stacked(parts: Sequence[Tensor]) -> Tensor:
+    """Rows on rows, each [B, L] part padded with zeros to the widest."""
+    L = max(x.shape[1] for x in parts)
+    return torch.cat([torch.nn.functional.pad(x, (0, L - x.shape[1])) for x in parts])
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A state to start from: the tokens of a prefix, and what its data row says besides.
@@ -203,27 +209,20 @@ class Batch:
         """
         if not batches:
             raise ValueError("no batches to stack: the selection is empty")
-        L = max(b.tokens.shape[1] for b in batches)
-
-        def widen(x: Tensor) -> Tensor:
-            return torch.nn.functional.pad(x, (0, L - x.shape[1]))
-
         shift, groups = 0, []
         for b in batches:
             groups.append(b.group + shift)
             shift = int(groups[-1].max()) + 1
         logps = [b.logp_mu for b in batches]
         return Batch(
-            tokens=torch.cat([widen(b.tokens) for b in batches]),
-            action=torch.cat([widen(b.action) for b in batches]),
+            tokens=stacked([b.tokens for b in batches]),
+            action=stacked([b.action for b in batches]),
             length=torch.cat([b.length for b in batches]),
             ended=torch.cat([b.ended for b in batches]),
             prompts=tuple(p for b in batches for p in b.prompts),
             texts=tuple(t for b in batches for t in b.texts),
             group=torch.cat(groups),
-            logp_mu=torch.cat([widen(x) for x in logps if x is not None])
-            if all(x is not None for x in logps)
-            else None,
+            logp_mu=None if any(x is None for x in logps) else stacked([x for x in logps if x is not None]),
         )
 
     def to(self, device: torch.device | str) -> Batch:
@@ -295,6 +294,10 @@ class Score:
         if not bool(torch.isfinite(self.value).all()):
             raise ValueError("a score is not finite: mark its row as without a verdict and give it the value 0")
 
+    def at(self, row: int) -> float | None:
+        """The score of a row; None where there is no verdict, which is no 0."""
+        return float(self.value[row]) if bool(self.verdict[row]) else None
+
     @staticmethod
     def of(value: Tensor) -> Score:
         """Scores that all have a verdict; a value that is not finite becomes "no verdict"."""
@@ -316,8 +319,7 @@ class Score:
     @staticmethod
     def concat(scores: Sequence[Score]) -> Score:
         """What one reward said of several batches, as of `Batch.concat` of them."""
-        L = max((s.token.shape[1] for s in scores if s.token is not None), default=0)
-        tokens = [torch.nn.functional.pad(s.token, (0, L - s.token.shape[1])) for s in scores if s.token is not None]
+        tokens = [s.token for s in scores if s.token is not None]
         reasons: dict[int, str] = {}
         before = 0
         for s in scores:
@@ -326,7 +328,7 @@ class Score:
         return Score(
             torch.cat([s.value for s in scores]),
             torch.cat([s.verdict for s in scores]),
-            torch.cat(tokens) if len(tokens) == len(scores) else None,
+            stacked(tokens) if len(tokens) == len(scores) else None,
             {name: Score.concat([s.parts[name] for s in scores]) for name in scores[0].parts},
             reasons,
         )

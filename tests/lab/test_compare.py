@@ -67,12 +67,12 @@ def test_an_online_solver_stops_where_its_tokens_are_spent(name: str, tmp_path: 
     assert len(compare.curve(tmp_path / "run")) == len(lines)
 
 
-def test_a_log_spends_the_tokens_and_has_a_prompt_of_its_own_for_every_row(tmp_path: Path):
+def test_a_log_spends_the_tokens_and_asks_every_prompt_once_before_any_twice(tmp_path: Path):
     asked = given(tokens=700)
     with Run.open(tmp_path / "run", {}, 0) as run:
         logged, score = solvers.log(asked, run)
     assert 700 <= int(logged.action.sum()) < 700 + 4 * 5 * solvers.CHUNK
-    assert len({id(p) for p in logged.prompts}) == len(logged) == len(score.value)
+    assert len(logged) == len(score.value)
     first = [p.row for p in logged.prompts[:: asked.samples]]
     assert len(set(first[: len(task().train)])) == min(len(first), len(task().train))  # none twice before all once
 

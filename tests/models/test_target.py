@@ -59,8 +59,8 @@ def test_logits_are_soft_q_by_their_definition(name: str) -> None:
     reference, b, beta = tiny(name), ragged(4), 0.3
     policy = tiny(name, seed=1)
     with torch.no_grad():
-        z = soft.logits(reference, b)
-        found = soft.values(policy, b, z["chosen"], z["log_z"], beta)
+        z = reference.evaluate(b, soft.WANT)
+        found = soft.values(policy, b, z["logit"], z["log_z"], beta)
         logp, logp_ref = policy.evaluate(b)["logp"], reference.evaluate(b)["logp"]
         ours, theirs = (m.model(input_ids=b.tokens, use_cache=False).logits[:, :-1] for m in (policy, reference))
     every = theirs.log_softmax(-1) + (ours - theirs)  # log π_ref + Q/β, before each token but the first
@@ -74,8 +74,8 @@ def test_a_policy_that_has_not_moved_has_no_value() -> None:
     reference, b = tiny(), ragged(4)
     policy = reference.twin("all")
     with torch.no_grad():
-        z = soft.logits(reference, b)
-    found = soft.values(policy, b, z["chosen"], z["log_z"], 0.3)
+        z = reference.evaluate(b, soft.WANT)
+    found = soft.values(policy, b, z["logit"], z["log_z"], 0.3)
     assert float(found["q"].abs().max()) == 0
     assert float(found["value"].abs().max()) == 0
     assert found["q"].requires_grad

@@ -3,11 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tokenmdp.types import Batch, Score
+
+
+class Sums:
+    """Running sums by name, which a checkpoint can hold: for means over more rows than are looked at at a time."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+
+    def add(self, **values: float) -> None:
+        """Add to the sums of these names."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def mean(self, name: str, count: str) -> float | None:
+        """One sum over another; None where nothing was counted: that is no 0."""
+        return self.sums[name] / self.sums[count] if self.sums.get(count) else None
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+    def scalars(self) -> dict[str, Any]:
+        return {"sums": self.sums}
+
+    def restore(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
+        self.sums = dict(scalars["sums"])
 
 
 def mean(value: Float[Tensor, "B"], rows: Bool[Tensor, "B"]) -> float:

@@ -356,9 +356,8 @@ def write_samples(
             ("best_of_n", before, i * size.candidates + int(best[i]), gold_b, proxy_b),
         )
         for arm, b, j, g, p in arms:
-            stage.append("samples.jsonl", sample(arm, b, j, float(g[j]), float(p[j]), None))
+            stage.sample(b, j, arm, gold=float(g[j]), proxy=float(p[j]), kl=None)
         j = i * size.answers
-        line = sample("ppo", after, j, float(gold_a[j]), float(proxy_a[j]), float(divergence[j].sum()))
         tokens = []
         for t in first.action[i].nonzero()[:, 0].tolist():
             tokens.append(
@@ -369,14 +368,8 @@ def write_samples(
                     "reward": float(gained[i, t]),
                 }
             )
-        stage.append("samples.jsonl", {**line, "tokens": tokens})
-
-
-def sample(arm: str, b: Batch, row: int, gold: float, proxy: float, nats: float | None) -> dict[str, Any]:
-    """One line of samples.jsonl."""
-    p = b.prompts[row]
-    line = {"prompt": p.text, "arm": arm, "row": p.row, "text": b.texts[row], "ended": bool(b.ended[row])}
-    return {**line, "gold": gold, "proxy": proxy, "kl": nats}
+        figures = {"gold": float(gold_a[j]), "proxy": float(proxy_a[j]), "kl": float(divergence[j].sum())}
+        stage.sample(after, j, "ppo", **figures, tokens=tokens)
 
 
 def ppo_curve(stage: Run, every: int) -> list[dict[str, float]]:

@@ -37,15 +37,6 @@ def main(cfg: Config, run: Run) -> dict[str, object]:
     with run.progress(len(prompts) * cfg.n, "generate", "responses") as bar:
         b = policy.sample(prompts, cfg.n, sampling, run.rng, bar.advance)
     for i, p in enumerate(b.prompts):
-        logp = 0.0 if b.logp_mu is None else float(b.logp_mu[i].sum())
-        line = {
-            "prompt": p.text,
-            "arm": "sample",
-            "row": p.row,
-            "text": b.texts[i],
-            "ended": bool(b.ended[i]),
-            "logp_mu": logp,
-        }
-        run.append("samples.jsonl", line)
+        run.sample(b, i, "sample", logp_mu=0.0 if b.logp_mu is None else float(b.logp_mu[i].sum()))
         print(p.text + b.texts[i], end="\n\n")
     return {"responses": len(b), "clipped_ratio": float((~b.ended).float().mean()), **policy.paths}

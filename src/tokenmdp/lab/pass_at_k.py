@@ -80,9 +80,8 @@ def measure(
             float(value >= cfg.right) if verdict else None
             for value, verdict in zip(score.value.tolist(), score.verdict.tolist(), strict=True)
         ]
-        for p, text, ended, right in zip(b.prompts, b.texts, b.ended.tolist(), judged, strict=True):
-            line = {"prompt": p.text, "arm": policy.name, "row": p.row, "text": text, "ended": ended, "right": right}
-            run.append("samples.jsonl", line)
+        for row, right in enumerate(judged):
+            run.sample(b, row, policy.name, right=right)
         tally.right += [judged[i : i + cfg.n] for i in range(0, len(judged), cfg.n)]
         given = [right for right in judged if right is not None]
         run.log(

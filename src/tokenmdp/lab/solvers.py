@@ -309,8 +309,6 @@ def log(given: Given, run: Run) -> tuple[Batch, Score]:
         parts.append(given.start.sample(asked, given.samples, sampling, run.rng))
         spent += int(parts[-1].action.sum())
     batch = Batch.concat(parts)
-    # A log has a prompt of its own for every row, as one read from a file has.
-    batch = replace(batch, prompts=tuple(replace(p) for p in batch.prompts))
     return batch, given.reward(batch)
 
 
@@ -357,7 +355,12 @@ def _dapo(given: Given) -> dict[str, Any]:
 
 def _evolution(given: Given) -> dict[str, Any]:
     # Few directions to search, and steps wide enough for a sampled answer to change.
-    return {"pairs": 16, "samples": 1, "sigma": 0.15, "train": given.train if given.train.startswith("lora") else "lora-1"}
+    return {
+        "pairs": 16,
+        "samples": 1,
+        "sigma": 0.15,
+        "train": given.train if given.train.startswith("lora") else "lora-1",
+    }
 
 
 def _best_of_n(given: Given) -> dict[str, Any]:

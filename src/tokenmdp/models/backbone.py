@@ -128,18 +128,13 @@ class Backbone:
     # -- frozen first blocks are read once for all roles
 
     @torch.no_grad()
-    def read(self, tokens: Int[Tensor, "B L"], count: int | None = None) -> Read | None:
-        """What the first `count` blocks make of the tokens; None where there is nothing to share.
+    def read(self, tokens: Int[Tensor, "B L"], count: int) -> Read:
+        """What the first `count` ≥ 1 blocks make of the tokens.
 
         Policy, reference, reward model and critic that train their top blocks hold the same first blocks, and nothing
-        in these changes while they learn: one reading serves them all, and every update of a phase.
-
-        Args:
-            count: how many blocks; None for all those before the first that trains.
+        in these changes while they learn: one reading of the `frozen_blocks` serves them all, and every update of a
+        phase, where the body is `divisible`.
         """
-        count = self.frozen_blocks() if count is None else count
-        if count == 0 or not self.divisible():
-            return None
         found: list[Tensor] = []
 
         def stop(block: nn.Module, given: Any, output: Any) -> None:
@@ -191,7 +186,6 @@ class Backbone:
         They do not where a body carries more from block to block than one tensor.
         """
         if self._divisible is None:
-            self._divisible = True  # for the call of `read` below
             probe = torch.arange(1, 9, device=self.device).view(2, 4) % self.model.config.vocab_size
             try:
                 whole = self.hidden(probe)

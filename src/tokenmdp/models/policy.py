@@ -216,20 +216,18 @@ class Policy:
         Every model that shares those blocks (the reference, a reward model or critic on the same body) then starts
         where they end, and so does every update on this batch. The results are the same.
         """
-        if self.backbone.frozen_blocks() == 0 or not self.backbone.divisible():
+        count = self.backbone.frozen_blocks()
+        if count == 0 or not self.backbone.divisible():
             self.paths["frozen blocks"] = "none to share"
             return batch
         parts: list[Read] = []
 
         def states(part: Batch) -> dict[str, Tensor]:
-            found = self.backbone.read(part.tokens)
-            assert found is not None
-            parts.append(found)
-            return {"states": found.states}
+            parts.append(self.backbone.read(part.tokens, count))
+            return {"states": parts[-1].states}
 
         with self.backbone.converted():
             known = in_parts(states, batch)["states"]
-        count = parts[0].blocks
         self.paths["frozen blocks"] = f"the first {count} read once a batch, for all roles"
         return replace(batch, read=Read(known, batch.tokens, count, parts[0].weights))
 
@@ -239,24 +237,32 @@ class Policy:
         """What this policy makes of a batch, token-aligned and zero outside `batch.action`.
 
         Args:
-            want: any of `logp`, log π(a_t | s_t) in nats, and `entropy`, H(π(· | s_t)) in nats (no gradient).
+            want: any of `logp`, log π(a_t | s_t) in nats; `entropy`, H(π(· | s_t)) in nats (no gradient); `logit`, that
+                of the token taken, and `log_z`, log Σ_a exp of all logits there (their difference is `logp`).
             temperature: logits are divided by it first; 1 is the policy itself.
 
         Raises:
             ValueError: an unknown want.
         """
-        unknown = set(want) - {"logp", "entropy"}
+        unknown = set(want) - {"logp", "entropy", "logit", "log_z"}
         if unknown:
-            raise ValueError(f"want has {sorted(unknown)}; it may hold logp and entropy")
+            raise ValueError(f"want has {sorted(unknown)}; it may hold logp, entropy, logit and log_z")
         where = batch.action.nonzero(as_tuple=True)
         chosen = batch.tokens[where]
         found: dict[str, list[Tensor]] = {name: [] for name in want}
         with self.backbone.converted():
             for piece, logits in self._action_logits(batch):
                 logits = logits / temperature if temperature != 1.0 else logits
+                taken = chosen[piece][:, None]
+                if "logit" in found:
+                    found["logit"].append(logits.gather(1, taken)[:, 0])
+                if "log_z" in found:
+                    found["log_z"].append(logits.logsumexp(-1))
+                if not {"logp", "entropy"} & set(want):
+                    continue
                 logp = torch.log_softmax(logits, dim=-1)
                 if "logp" in found:
-                    found["logp"].append(logp.gather(1, chosen[piece][:, None])[:, 0])
+                    found["logp"].append(logp.gather(1, taken)[:, 0])
                 if "entropy" in found:
                     with torch.no_grad():
                         found["entropy"].append(-(logp.exp() * logp).sum(-1))
@@ -337,13 +343,19 @@ class Policy:
     # -- on disk
 
     def save(self, folder: Path | str) -> None:
-        """Write a Hugging Face directory (safetensors and tokenizer); LoRA adapters are folded in.
-
-        `policy.freeze().save(folder)` folds them into this policy too, whose fingerprint is then that of the folder.
-        """
+        """Write a Hugging Face directory (safetensors and tokenizer); LoRA adapters are folded in."""
         model = self.model if self.backbone.peft is None else self.backbone.merged()
         model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+
+    def publish(self, folder: Path) -> dict[str, str]:
+        """Freeze this policy, which folds adapters into it, and save it: what a run that trained it ends with.
+
+        Returns:
+            `model`, the folder, and `fingerprint`, which is that of what the folder holds.
+        """
+        self.freeze().save(folder)
+        return {"model": str(folder), "fingerprint": self.fingerprint()}
 
     def fingerprint(self) -> str:
         """Hash of the weights (see `Backbone.fingerprint`)."""

@@ -10,38 +10,23 @@ Source: Guo et al. 2021, section 3.1 (logits as Q); relative to a reference as i
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tokenmdp.models.policy import Policy
 from tokenmdp.types import Batch
 
-
-def logits(policy: Policy, batch: Batch) -> dict[str, Float[Tensor, "B L"]]:
-    """`chosen`, the logit of each chosen token, and `log_z`, log Σ exp of all logits there; nats, zero off the mask."""
-    where = batch.action.nonzero(as_tuple=True)
-    tokens = batch.tokens[where]
-    chosen, log_z = [], []
-    with policy.backbone.converted():
-        for piece, z in policy._action_logits(batch):
-            chosen.append(z.gather(1, tokens[piece][:, None])[:, 0])
-            log_z.append(z.logsumexp(-1))
-    blank = torch.zeros(batch.tokens.shape, device=batch.tokens.device)
-    return {
-        name: blank.to(parts[0].dtype).index_put(where, torch.cat(parts)) if parts else blank
-        for name, parts in (("chosen", chosen), ("log_z", log_z))
-    }
+WANT = ("logit", "log_z")
 
 
 def values(
-    policy: Policy, batch: Batch, chosen_ref: Float[Tensor, "B L"], log_z_ref: Float[Tensor, "B L"], beta: float
+    policy: Policy, batch: Batch, logit_ref: Float[Tensor, "B L"], log_z_ref: Float[Tensor, "B L"], beta: float
 ) -> dict[str, Float[Tensor, "B L"]]:
     """`q` of the chosen tokens and `value` of the states before them, reward units; carries the policy's gradient.
 
     Args:
-        chosen_ref, log_z_ref: what `logits` says of the reference on the same batch.
+        logit_ref, log_z_ref: what the reference's `evaluate` says of the same batch, asked for `WANT`.
         beta: β, reward units a nat.
     """
-    z = logits(policy, batch)
-    return {"q": beta * (z["chosen"] - chosen_ref), "value": beta * (z["log_z"] - log_z_ref)}
+    z = policy.evaluate(batch, WANT)
+    return {"q": beta * (z["logit"] - logit_ref), "value": beta * (z["log_z"] - log_z_ref)}

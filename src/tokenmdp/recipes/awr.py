@@ -154,5 +154,4 @@ def main(cfg: Config, run: Run) -> dict[str, object]:
     logged, score = data.logged(data.rows(cfg.data), start, cfg.max_tokens)
     run.note(f"start {start.name} {start.fingerprint()}")
     policy, figures = train(cfg, start, logged, score, run)
-    policy.freeze().save(run.folder / "model")
-    return {**figures, "model": str(run.folder / "model"), "fingerprint": policy.fingerprint()}
+    return {**figures, **policy.publish(run.folder / "model")}

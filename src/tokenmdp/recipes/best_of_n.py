@@ -8,9 +8,7 @@ general (Beirami et al. 2024, theorem 3.1).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +54,7 @@ def train(cfg: Config, policy: Policy, prompts: list[Prompt], reward: Reward, ru
         got none.
     """
     sampling = Sampling(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature)
-    totals = Totals()
+    totals = measures.Sums()
     chunks = [prompts[i : i + cfg.chunk] for i in range(0, len(prompts), cfg.chunk)]
     for step in run.steps(len(chunks), totals, title="best of n"):
         b: Batch = policy.sample(chunks[step], cfg.n, sampling, run.rng)
@@ -65,60 +63,21 @@ def train(cfg: Config, policy: Policy, prompts: list[Prompt], reward: Reward, ru
         chosen = best(score.value, score.verdict, cfg.n)
         for arm, rows in (("first", range(0, len(b), cfg.n)), ("best_of_n", chosen.tolist())):
             for i in rows:
-                proxy = float(score.value[i]) if bool(score.verdict[i]) else None
-                p = b.prompts[i]
-                line = {
-                    "prompt": p.text,
-                    "arm": arm,
-                    "row": p.row,
-                    "text": b.texts[i],
-                    "ended": bool(b.ended[i]),
-                    "proxy": proxy,
-                }
-                run.append("samples.jsonl", line)
+                run.sample(b, i, arm, proxy=score.at(i))
         judged = score.verdict
         kept = chosen[judged[chosen]]  # of a prompt whose every response lacks a verdict nothing is counted
-        all_of_them, best_ones = float(score.value[judged].sum()), float(score.value[kept].sum())
-        totals.add(all_of_them, int(judged.sum()), best_ones, len(kept), int((~judged).sum()))
-        found = {"objective/scores": totals.mean, "objective/scores_best": totals.best}
+        totals.add(all=float(score.value[judged].sum()), judged=int(judged.sum()), missing=int((~judged).sum()))
+        totals.add(best=float(score.value[kept].sum()), kept=len(kept))
+        found = {"objective/scores": totals.mean("all", "judged"), "objective/scores_best": totals.mean("best", "kept")}
         known = {name: value for name, value in found.items() if value is not None}
         run.log(step, {**known, **measures.responses(b, score)}, headline=tuple(known))
     return {
-        "score_mean": totals.mean,
-        "score_best": totals.best,
+        "score_mean": totals.mean("all", "judged"),
+        "score_best": totals.mean("best", "kept"),
         "kl_bound_nats": kl.best_of_n_kl(cfg.n),
         "prompts": len(prompts),
-        "no_verdict": int(totals.sums[4]),
+        "no_verdict": int(totals.sums.get("missing", 0)),
     }
-
-
-class Totals:
-    """Running sums: of all scores and of the best ones, each with their number; of responses without a verdict."""
-
-    def __init__(self) -> None:
-        self.sums = [0.0] * 5
-
-    def add(self, *values: float) -> None:
-        self.sums = [a + b for a, b in zip(self.sums, values, strict=True)]
-
-    @property
-    def mean(self) -> float | None:
-        """None where nothing was judged: that is no 0."""
-        return self.sums[0] / self.sums[1] if self.sums[1] else None
-
-    @property
-    def best(self) -> float | None:
-        """As `mean`, of the best."""
-        return self.sums[2] / self.sums[3] if self.sums[3] else None
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {}
-
-    def scalars(self) -> dict[str, Any]:
-        return {"sums": self.sums}
-
-    def restore(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
-        self.sums = list(scalars["sums"])
 
 
 def main(cfg: Config, run: Run) -> dict[str, object]:

@@ -30,7 +30,7 @@ from tokenmdp.models.sampling import Sampling
 from tokenmdp.rewards import assign
 from tokenmdp.run import Run
 from tokenmdp.tasks import Task
-from tokenmdp.types import Batch, Reward
+from tokenmdp.types import Batch, Reward, stacked
 
 SETTING = "learning_from_demonstrations"
 
@@ -126,8 +126,8 @@ def train(
 
         # 4. Learn from both at once: each part has its own normaliser.
         both = Batch.concat([b, shown])
-        weight = stack(own, weights.per_slot(shown.action, cfg.max_new_tokens))
-        advantage = stack(advantage, demo_weight * shown.action.to(advantage.dtype))
+        weight = stacked([own, weights.per_slot(shown.action, cfg.max_new_tokens)])
+        advantage = stacked([advantage, demo_weight * shown.action.to(advantage.dtype)])
         idle = not bool(((weight > 0) & (advantage != 0)).any())
         learned = {"loss": 0.0, "grad_norm": 0.0} if idle else actor.step(loss, both, weight, advantage=advantage)
 
@@ -152,19 +152,12 @@ def train(
     return policy, {}
 
 
-def stack(first: Tensor, second: Tensor) -> Tensor:
-    """Rows over rows, both padded with zeros to the wider."""
-    L = max(first.shape[1], second.shape[1])
-    return torch.cat([torch.nn.functional.pad(x, (0, L - x.shape[1])) for x in (first, second)])
-
-
 def main(cfg: Config, run: Run) -> dict[str, object]:
     """Load the reference, the reward and the task, train, save the policy to `model/` in the run folder."""
     reference = catalog.load(cfg.model).freeze()
     reward = rewards.load(cfg.reward, reference)
     task = tasks.load(cfg.task, reference)
     policy, figures = train(cfg, reference, reward, task, run)
-    policy.freeze().save(run.folder / "model")
+    saved = policy.publish(run.folder / "model")
     sampling = Sampling(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature)
-    judged = judge.held_out(reference, policy, reward, task, sampling, run)
-    return {**figures, **judged, "model": str(run.folder / "model"), "fingerprint": policy.fingerprint()}
+    return {**figures, **judge.held_out(reference, policy, reward, task, sampling, run), **saved}

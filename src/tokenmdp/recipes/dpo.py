@@ -226,5 +226,4 @@ def main(cfg: Config, run: Run) -> dict[str, object]:
     """Load the model and the pairs, train, save the policy to `model/` in the run folder."""
     start = catalog.load(cfg.model).freeze()
     policy, figures = train(cfg, start, data.pairs(data.rows(cfg.data), start, cfg.max_tokens), run)
-    policy.freeze().save(run.folder / "model")
-    return {**figures, "model": str(run.folder / "model"), "fingerprint": policy.fingerprint()}
+    return {**figures, **policy.publish(run.folder / "model")}

@@ -16,15 +16,12 @@ Differs: no prefix scorer is trained; the value is the reward itself, at the pre
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from tokenmdp import rewards, tasks
-from tokenmdp.functional import kl
+from tokenmdp.functional import kl, measures
 from tokenmdp.models import catalog
 from tokenmdp.models.policy import Policy
 from tokenmdp.models.sampling import Sampling
@@ -142,35 +139,6 @@ class Guide:
         return joined(self.policy, prompts, done, more)
 
 
-class Totals:
-    """Running sums: of plain scores and of guided ones, each with their number; of tokens; of what got no verdict."""
-
-    def __init__(self) -> None:
-        self.sums = [0.0] * 7
-
-    @property
-    def plain(self) -> float | None:
-        """The mean; None where nothing was judged: that is no 0."""
-        return self.sums[0] / self.sums[1] if self.sums[1] else None
-
-    @property
-    def guided(self) -> float | None:
-        """As `plain`, of the guided ones."""
-        return self.sums[2] / self.sums[3] if self.sums[3] else None
-
-    def add(self, *values: float) -> None:
-        self.sums = [a + b for a, b in zip(self.sums, values, strict=True)]
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {}
-
-    def scalars(self) -> dict[str, Any]:
-        return {"sums": self.sums}
-
-    def restore(self, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> None:
-        self.sums = list(scalars["sums"])
-
-
 def train(cfg: Config, policy: Policy, prompts: list[Prompt], reward: Reward, run: Run) -> dict[str, object]:
     """Answer each prompt plainly and guided; responses go to samples.jsonl. (Nothing is trained: the name is the
     recipes' common one.)
@@ -184,24 +152,23 @@ def train(cfg: Config, policy: Policy, prompts: list[Prompt], reward: Reward, ru
     """
     if cfg.k < 1 or cfg.block < 1 or cfg.rollouts < 0:
         raise ValueError(f"k={cfg.k}, block={cfg.block}, rollouts={cfg.rollouts}: at least 1, 1 and 0")
-    totals = Totals()
+    totals = measures.Sums()
     plain = Sampling(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature)
     chunks = [prompts[i : i + cfg.chunk] for i in range(0, len(prompts), cfg.chunk)]
     for step in run.steps(len(chunks), totals, title="guided decoding"):
         guide = Guide(cfg, policy, reward, run.rng)
         arms = {"first": policy.sample(chunks[step], 1, plain, run.rng), "guided": guide.answer(chunks[step])}
-        figures: list[float] = []
         for arm, b in arms.items():
             score = reward(b)
-            figures += [float(score.value[score.verdict].sum()), float(score.verdict.sum())]
-            for i, p in enumerate(b.prompts):
-                proxy = float(score.value[i]) if bool(score.verdict[i]) else None
-                line = {"prompt": p.text, "arm": arm, "row": p.row, "text": b.texts[i], "ended": bool(b.ended[i])}
-                run.append("samples.jsonl", {**line, "proxy": proxy})
+            judged = int(score.verdict.sum())
+            total = float(score.value[score.verdict].sum())
+            totals.add(**{arm: total, f"{arm}_judged": judged}, missing=len(b) - judged)
+            for i in range(len(b)):
+                run.sample(b, i, arm, proxy=score.at(i))
         b = arms["guided"]
-        unjudged = sum(map(len, arms.values())) - figures[1] - figures[3]
-        totals.add(*figures, float(guide.tokens), float(arms["first"].action.sum()), unjudged)
-        found = {"objective/scores": totals.plain, "objective/scores_best": totals.guided}
+        totals.add(tokens=guide.tokens, plain_tokens=float(arms["first"].action.sum()))
+        first, guided = (totals.mean(arm, f"{arm}_judged") for arm in arms)
+        found = {"objective/scores": first, "objective/scores_best": guided}
         known = {name: value for name, value in found.items() if value is not None}
         run.log(
             step,
@@ -216,12 +183,12 @@ def train(cfg: Config, policy: Policy, prompts: list[Prompt], reward: Reward, ru
         )
     blocks = -(-cfg.max_new_tokens // cfg.block)
     return {
-        "score_mean": totals.plain,
-        "score_guided": totals.guided,
-        "tokens_guided_per_plain": totals.sums[4] / max(1.0, totals.sums[5]),
+        "score_mean": totals.mean("first", "first_judged"),
+        "score_guided": totals.mean("guided", "guided_judged"),
+        "tokens_guided_per_plain": totals.mean("tokens", "plain_tokens"),
         "kl_bound_nats": blocks * kl.best_of_n_kl(cfg.k),
         "prompts": len(prompts),
-        "no_verdict": int(totals.sums[6]),
+        "no_verdict": int(totals.sums.get("missing", 0)),
     }
 
 

@@ -208,5 +208,4 @@ def main(cfg: Config, run: Run) -> dict[str, object]:
     start = catalog.load(cfg.model).freeze()
     batch, label = data.labelled(data.rows(cfg.data), start, cfg.max_tokens)
     policy, figures = train(cfg, start, batch, label, run)
-    policy.freeze().save(run.folder / "model")
-    return {**figures, "model": str(run.folder / "model"), "fingerprint": policy.fingerprint()}
+    return {**figures, **policy.publish(run.folder / "model")}

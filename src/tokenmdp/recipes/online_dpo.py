@@ -181,7 +181,6 @@ def main(cfg: Config, run: Run) -> dict[str, object]:
     reward = rewards.load(cfg.reward, reference)
     task = tasks.load(cfg.task, reference)
     policy, figures = train(cfg, reference, reward, task, run)
-    policy.freeze().save(run.folder / "model")
+    saved = policy.publish(run.folder / "model")
     sampling = Sampling(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature)
-    judged = judge.held_out(reference, policy, reward, task, sampling, run)
-    return {**figures, **judged, "model": str(run.folder / "model"), "fingerprint": policy.fingerprint()}
+    return {**figures, **judge.held_out(reference, policy, reward, task, sampling, run), **saved}

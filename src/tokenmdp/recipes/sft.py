@@ -100,5 +100,4 @@ def main(cfg: Config, run: Run) -> dict[str, object]:
     learned, kept = data.split(everything, cfg.held_out, run.rng)
     run.note(f"{len(learned)} demonstrations, {len(kept)} held out; start {start.name} {start.fingerprint()}")
     policy, figures = train(cfg, start, learned, kept, run)
-    policy.freeze().save(run.folder / "model")
-    return {**figures, "model": str(run.folder / "model"), "fingerprint": policy.fingerprint()}
+    return {**figures, **policy.publish(run.folder / "model")}

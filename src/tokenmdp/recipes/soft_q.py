@@ -90,8 +90,8 @@ def train(
     def look(model: Policy, b: Batch, *want: str) -> dict[str, Tensor]:
         return in_parts(lambda part: model.evaluate(part, want, cfg.temperature), b)
 
-    def loss(part: Batch, goal: Tensor, chosen_ref: Tensor, log_z_ref: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        q = soft.values(policy, part, chosen_ref, log_z_ref, cfg.kl)["q"]
+    def loss(part: Batch, goal: Tensor, logit_ref: Tensor, log_z_ref: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        q = soft.values(policy, part, logit_ref, log_z_ref, cfg.kl)["q"]
         return 0.5 * (q - goal).square(), {}
 
     for step in run.steps(cfg.steps, learner, sampler, target, title="soft Q"):
@@ -105,9 +105,9 @@ def train(
         # 2. What Q should be, by the rest of each path and the target network.
         outcome = score.value - cfg.truncation * (~b.ended).to(score.value.dtype)
         token_reward = scheme(b, score, outcome, policy, run.rng)
-        z = in_parts(lambda part: soft.logits(reference, part), b)
-        y = in_parts(lambda part: soft.logits(slow, part), b)
-        q, value = cfg.kl * (y["chosen"] - z["chosen"]), cfg.kl * (y["log_z"] - z["log_z"])
+        z = in_parts(lambda part: reference.evaluate(part, soft.WANT), b)
+        y = in_parts(lambda part: slow.evaluate(part, soft.WANT), b)
+        q, value = cfg.kl * (y["logit"] - z["logit"]), cfg.kl * (y["log_z"] - z["log_z"])
         goal = value_loss.soft_target(token_reward, q, value, b.action, cfg.gamma, cfg.lam)
 
         # 3. Learn by regression; the target network follows, the sampler when it is due.
@@ -116,7 +116,7 @@ def train(
             for part in torch.randperm(len(b), generator=run.rng).chunk(cfg.minibatches):
                 mini = b.select(part)
                 L = mini.tokens.shape[1]
-                columns = {"goal": goal, "chosen_ref": z["chosen"], "log_z_ref": z["log_z"]}
+                columns = {"goal": goal, "logit_ref": z["logit"], "log_z_ref": z["log_z"]}
                 w = weights.per_token(mini.action, rows=rows[part])
                 learned.append(learner.step(loss, mini, w, **{k: v[part, :L] for k, v in columns.items()}))
         target.follow(cfg.target_rate)
@@ -151,7 +151,6 @@ def main(cfg: Config, run: Run) -> dict[str, object]:
     reward = rewards.load(cfg.reward, reference)
     task = tasks.load(cfg.task, reference)
     policy, figures = train(cfg, reference, reward, task, run)
-    policy.freeze().save(run.folder / "model")
+    saved = policy.publish(run.folder / "model")
     sampling = Sampling(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature)
-    judged = judge.held_out(reference, policy, reward, task, sampling, run)
-    return {**figures, **judged, "model": str(run.folder / "model"), "fingerprint": policy.fingerprint()}
+    return {**figures, **judge.held_out(reference, policy, reward, task, sampling, run), **saved}

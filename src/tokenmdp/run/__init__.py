@@ -476,6 +476,12 @@ class Run:
         with writing(path, len(data)), open(path, "ab") as file:
             file.write(data)
 
+    def sample(self, batch: Batch, row: int, arm: str, **figures: Any) -> None:
+        """Append a response to samples.jsonl under the name of who answered, with figures that belong to it."""
+        p = batch.prompts[row]
+        line = {"prompt": p.text, "arm": arm, "row": p.row, "text": batch.texts[row], "ended": bool(batch.ended[row])}
+        self.append("samples.jsonl", line | figures)
+
     def missing(self, step: int, batch: Batch, score: Score, most: int = 20) -> None:
         """Keep the first responses of a step that got no verdict, and why, in no_verdict.jsonl."""
         for row in (~score.verdict).nonzero()[:most, 0].tolist():
