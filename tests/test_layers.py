@@ -22,10 +22,10 @@ ROOT = Path(__file__).parents[1]
 
 # A module may import its own layer and those above it in this list.
 LAYERS = [
-    ("types", "mdp", "stats"),
+    ("types", "mdp", "stats", "growth", "ledger"),
     ("functional",),
     ("models",),
-    ("tasks", "rewards", "prompting"),
+    ("tasks", "rewards", "experts", "prompting"),
     ("config", "learner", "parallel", "run", "judge"),
     ("recipes",),
     ("testing",),

@@ -8,7 +8,8 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 
-from tokenmdp.mdp import SETTINGS, State, TokenMDP, settings_table
+from tokenmdp import mdp as settings
+from tokenmdp.mdp import SETTINGS, OutOfSetting, State, TokenMDP, settings_table, touch, within
 
 EOS = 2
 
@@ -111,6 +112,7 @@ def test_the_table_of_settings() -> None:
         "|---|---|---|---|---|\n"
         "| `rl` | yes | yes | – | – |\n"
         "| `offline_rl` | – | logged | maybe | logged |\n"
+        "| `offline_imitation` | – | – | – | demonstrations |\n"
         "| `imitation` | yes | – | – | demonstrations |\n"
         "| `inverse_rl` | yes | – | yes | demonstrations |\n"
         "| `offline_inverse_rl` | – | – | yes | logged |\n"
@@ -120,3 +122,54 @@ def test_the_table_of_settings() -> None:
     assert SETTINGS["imitation"].dynamics
     assert SETTINGS["imitation"].reward == "no"
     assert not isinstance(SETTINGS, MutableMapping)  # nobody edits the table in passing
+
+
+# What each setting lets a solver touch, worked out by hand from the table's row.
+PERMITTED = {
+    "rl": {"dynamics", "reward", "learned_reward"},  # a learned reward is a reward like any other
+    "offline_rl": {"learned_reward"},  # the reward was logged: it answers no more questions
+    "offline_imitation": set(),
+    "imitation": {"dynamics", "expert"},
+    "inverse_rl": {"dynamics", "learned_reward", "expert"},
+    "offline_inverse_rl": {"learned_reward"},
+    "learning_from_demonstrations": {"dynamics", "reward", "learned_reward", "expert"},
+    "preference_rl": {"dynamics", "learned_reward"},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_touching_more_than_the_row_has_raises(name: str) -> None:
+    for what in ("dynamics", "reward", "learned_reward", "expert"):
+        with within(name):
+            if what in PERMITTED[name]:
+                touch(what)
+            else:
+                with pytest.raises(OutOfSetting, match=f"is not in the setting {name}"):
+                    touch(what)
+        touch(what)  # outside any setting everything may be touched
+
+
+def test_the_refusal_names_the_settings_that_have_it() -> None:
+    with within("offline_imitation"), pytest.raises(OutOfSetting, match=r"true reward .*\(rl, learning_from_demon"):
+        touch("reward")
+
+
+def test_the_innermost_setting_counts_and_none_outlives_its_block() -> None:
+    with within("rl"):
+        with pytest.raises(OutOfSetting), within("imitation"):
+            touch("reward")
+        assert settings.running() == "rl"
+        touch("reward")
+    assert settings.running() is None
+    with pytest.raises(ValueError, match=r"setting is 'supervised'; it must be one of rl, offline_rl"):
+        within("supervised").__enter__()
+
+
+def test_the_token_mdp_itself_cannot_be_moved_where_there_are_no_dynamics() -> None:
+    world = mdp()
+    state = world.reset()
+    with within("offline_rl"):
+        for act in (world.reset, lambda: world.step(state, 4), lambda: world.fork(state, 2)):
+            with pytest.raises(OutOfSetting, match="acting"):
+                act()
+    assert world.step(state, 4).response == (4,)

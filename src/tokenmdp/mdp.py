@@ -11,7 +11,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
@@ -81,9 +83,10 @@ class TokenMDP:
 
         Raises:
             ValueError: when there is no token, or the response could not have happened: longer than the horizon, or
-            going
-                on after it had ended.
+                going on after it had ended.
+            OutOfSetting: inside a setting without dynamics; so do `step` and `fork`.
         """
+        touch("dynamics")
         tokens = self.start if prefix is None else tuple(self._token(a) for a in prefix)
         start = len(tokens) if start is None else start
         if not 1 <= start <= len(tokens):
@@ -111,6 +114,7 @@ class TokenMDP:
         Raises:
             ValueError: when the state is done, or the action lies outside the vocabulary.
         """
+        touch("dynamics")
         if state.ended:
             raise ValueError(
                 f"a step from an ended state (its last token, {state.tokens[-1]}, is an end-of-sequence token): "
@@ -132,6 +136,7 @@ class TokenMDP:
         Raises:
             ValueError: when k is not positive.
         """
+        touch("dynamics")
         if k < 1:
             raise ValueError(f"k={k} copies of a state: ask for at least one")
         return [state] * k
@@ -146,13 +151,13 @@ class TokenMDP:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a solver is given. A recipe names its setting, and what the setting does not have it may not touch.
+    """What a solver is given. A recipe names its setting, and what the setting does not have its loop cannot touch.
 
     Attributes:
-        dynamics: it may act: sample from the policy, reset, fork.
+        dynamics: it may act: sample from the policy, step, reset, fork.
         reward: the true reward: "yes", only as it was "logged", or "no".
         learned_reward: it learns a reward from data: "yes", "maybe" or "no".
-        data: what it is given besides. An expert who can be asked counts as "demonstrations".
+        data: what it is given besides. With dynamics, "demonstrations" may come from an expert who can be asked.
     """
 
     dynamics: bool
@@ -165,6 +170,7 @@ SETTINGS: Mapping[str, Setting] = MappingProxyType(
     {
         "rl": Setting(dynamics=True, reward="yes", learned_reward="no", data="none"),
         "offline_rl": Setting(dynamics=False, reward="logged", learned_reward="maybe", data="logged"),
+        "offline_imitation": Setting(dynamics=False, reward="no", learned_reward="no", data="demonstrations"),
         "imitation": Setting(dynamics=True, reward="no", learned_reward="no", data="demonstrations"),
         "inverse_rl": Setting(dynamics=True, reward="no", learned_reward="yes", data="demonstrations"),
         "offline_inverse_rl": Setting(dynamics=False, reward="no", learned_reward="yes", data="logged"),
@@ -174,8 +180,79 @@ SETTINGS: Mapping[str, Setting] = MappingProxyType(
         "preference_rl": Setting(dynamics=True, reward="no", learned_reward="yes", data="comparisons"),
     }
 )
-"""Who supplies what, setting by setting. Source: Sun 2023 (arXiv 2310.06147), table 1, with preference RL as its own
-row."""
+"""Who supplies what, setting by setting. Source: Sun 2023 (arXiv 2310.06147), table 1. Differs: preference RL has its
+own row, and so has imitation that never acts, behaviour cloning, which there shares that of imitation."""
+
+Touch = Literal["dynamics", "reward", "learned_reward", "expert"]
+
+_MEANING: Mapping[Touch, str] = {
+    "dynamics": "acting: sampling from a policy, stepping, resetting, forking",
+    "reward": "asking the true reward",
+    "learned_reward": "asking a learned reward",
+    "expert": "asking an expert",
+}
+
+_running: ContextVar[str | None] = ContextVar("setting", default=None)
+
+
+class OutOfSetting(RuntimeError):
+    """A solver touched what its setting does not have."""
+
+
+def permits(setting: Setting, what: Touch) -> bool:
+    """Whether a solver in this setting may touch it.
+
+    Whoever is given a reward may be given a learned one, which to reinforcement learning is a reward like any other. An
+    expert answers on the states the learner gets to, so asking one takes demonstrations and dynamics both.
+    """
+    if what == "dynamics":
+        return setting.dynamics
+    if what == "reward":
+        return setting.reward == "yes"
+    if what == "learned_reward":
+        return setting.learned_reward != "no" or setting.reward == "yes"
+    return setting.dynamics and setting.data == "demonstrations"
+
+
+@contextlib.contextmanager
+def within(setting: str) -> Iterator[None]:
+    """Hold what runs inside to a setting: `with within("offline_rl"): ...`. The innermost one counts.
+
+    A guard against honest mistakes, such as a supervised learner that peeks at the reward or an offline one that samples;
+    code that wants to get round it can, for instance on a thread of its own, which starts outside every setting.
+
+    Raises:
+        ValueError: no such setting.
+    """
+    if setting not in SETTINGS:
+        raise ValueError(f"setting is {setting!r}; it must be one of {', '.join(SETTINGS)}")
+    before = _running.get()
+    _running.set(setting)
+    try:
+        yield
+    finally:
+        _running.set(before)  # no token: a generator that holds this block may be closed from another context
+
+
+def running() -> str | None:
+    """The setting that holds here; None outside any."""
+    return _running.get()
+
+
+def touch(what: Touch) -> None:
+    """Say that the dynamics, a reward or an expert is about to be used. Nothing happens outside any setting.
+
+    Raises:
+        OutOfSetting: the running setting does not have it.
+    """
+    name = _running.get()
+    if name is None or permits(SETTINGS[name], what):
+        return
+    others = ", ".join(other for other, s in SETTINGS.items() if permits(s, what))
+    raise OutOfSetting(
+        f"{_MEANING[what]} is not in the setting {name}: do it before or after the loop of run.steps, where nothing is "
+        f"learned from it, or declare a SETTING that has it ({others})"
+    )
 
 
 def settings_table() -> str:

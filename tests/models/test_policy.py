@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from tiny_models import ARCHITECTURES, EOS, VOCABULARY, batch, prompt, ragged, tiny, tokenizer
+from tokenmdp.functional import kl
 from tokenmdp.models import policy as policy_module
 from tokenmdp.models.policy import Policy, eos_ids
 from tokenmdp.models.sampling import Sampling
@@ -169,7 +170,7 @@ def test_a_batch_without_actions_gives_zeros(policy: Policy) -> None:
 
 
 def test_an_unknown_want_is_named(policy: Policy) -> None:
-    with pytest.raises(ValueError, match=r"\['value'\]; it may hold logp and entropy"):
+    with pytest.raises(ValueError, match=r"\['value'\]; it may hold logp, entropy, logit and log_z"):
         policy.evaluate(ragged(2), ("logp", "value"))
 
 
@@ -206,8 +207,39 @@ def test_along_responses_divergences_add_up_to_that_of_whole_responses() -> None
 
 
 def test_two_vocabularies_have_no_divergence() -> None:
-    with pytest.raises(ValueError, match="61 tokens and llama 59: a KL needs one vocabulary"):
+    with pytest.raises(ValueError, match="61 tokens and llama 59: a divergence needs one vocabulary"):
         tiny("llama").kl_to(tiny("llama", vocabulary=59), batch([([1, 2], [3, 4])]))
+
+
+def test_the_divergence_has_this_policys_gradient_and_none_of_the_others(double: Policy) -> None:
+    """Against the definition, by the model's own forward pass; of another measure, at a temperature."""
+    other, b = tiny(double.name, seed=1), ragged(3)
+    other.model.double()
+    double.divergence(other, b, kl.forward_exact, temperature=0.7).sum().backward()
+    found = {n: p.grad.clone() for n, p in double.model.named_parameters() if p.grad is not None}
+    assert all(p.grad is None for p in other.model.parameters())
+    double.model.zero_grad()
+    p = torch.log_softmax(double.model(input_ids=b.tokens, use_cache=False).logits[:, :-1] / 0.7, -1)
+    q = torch.log_softmax(all_logits(other, b)[:, 1:] / 0.7, -1)
+    torch.where(b.action[:, 1:], (q.exp() * (q - p)).sum(-1), 0.0).sum().backward()
+    for name, weight in double.model.named_parameters():
+        assert weight.grad is not None, name
+        assert torch.allclose(found[name], weight.grad, rtol=1e-4, atol=1e-6), name
+
+
+# -- what else might have been taken
+# ------------------------------------------------------------------------------------
+
+
+def test_other_tokens_can_be_judged_in_the_same_states(policy: Policy) -> None:
+    b = ragged()
+    logp, best = torch.log_softmax(all_logits(policy, b), -1), policy.best(b)
+    assert torch.equal(best, torch.where(b.action, logp.argmax(-1), 0))
+    found = policy.evaluate(b, ("logp", "logit", "log_z"), of=best)
+    assert torch.allclose(found["logp"], masked(logp.amax(-1), b), atol=1e-5)
+    assert torch.allclose(found["logit"] - found["log_z"], found["logp"], atol=1e-5)
+    same = policy.evaluate(b, of=b.tokens)["logp"]
+    assert torch.equal(same, policy.evaluate(b)["logp"])
 
 
 # -- sample

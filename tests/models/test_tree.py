@@ -211,3 +211,25 @@ def test_branches_have_the_exact_conditional_distribution() -> None:
     kept = expected >= 5
     pooled = [torch.cat([x[kept], x[~kept].sum()[None]]).numpy() for x in (counts.double(), expected)]
     assert float(stats.chisquare(*pooled).pvalue) > 1e-3
+
+
+def test_an_overruled_row_goes_on_from_the_other_token_as_if_it_had_been_sampled_from_there() -> None:
+    policy, sampling = tiny(), Sampling(max_new_tokens=6)
+    b = policy.sample([prompt(1, 2), prompt(3), prompt(4, 5, 6)], 1, sampling, torch.Generator().manual_seed(0))
+    other = (int(b.tokens[0, 3]) + 1) % 60 + 1
+    found = tree.overruled(policy, b, [0, 2], [3, 4], [other, EOS], sampling, torch.Generator().manual_seed(1))
+    # Row 1 is as it was; row 2 ends with its second token; row 0 has H − 2 tokens left after its second.
+    assert found.tokens[1, : int(b.length[1])].tolist() == b.tokens[1, : int(b.length[1])].tolist()
+    assert found.tokens[2, : int(found.length[2])].tolist() == [*b.tokens[2, :4].tolist(), EOS]
+    assert bool(found.ended[2])
+    assert found.tokens[0, :4].tolist() == [*b.tokens[0, :3].tolist(), other]
+    state, left = prompt(*found.tokens[0, :4].tolist()), Sampling(max_new_tokens=4)
+    again = policy.sample([state], 1, left, torch.Generator().manual_seed(1))
+    assert found.tokens[0, 4 : int(found.length[0])].tolist() == again.tokens[0, 4 : int(again.length[0])].tolist()
+    assert bool(found.ended[0]) == bool(again.ended[0])
+    assert found.logp_mu is None
+    horizon = Sampling(max_new_tokens=int(b.action[1].sum()))
+    last = tree.overruled(policy, b, [1], [int(b.length[1]) - 1], [7], horizon, torch.Generator())
+    assert last.tokens[1, int(b.length[1]) - 1] == 7  # at the horizon nothing follows, and it has not ended
+    assert not bool(last.ended[1])
+    assert last.texts[1] == policy.response_text([3], last.tokens[1, 1 : int(last.length[1])].tolist())

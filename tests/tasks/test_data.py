@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tokenmdp.models.policy import Policy
 from tokenmdp.models.tiny import tiny
-from tokenmdp.tasks import data
+from tokenmdp.tasks import data, files
 from tokenmdp.types import Pairs
 
 ROWS = [{"prompt": "1+1=", "completion": "2"}, {"prompt": "<b>2+2</b>=", "completion": 'a "quoted", line\nand é'}]
@@ -67,32 +67,32 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 @pytest.mark.parametrize("name", ["d.jsonl", "d.json", "d.csv", "d.parquet", "d.jsonl.gz", "d.csv.gz"])
 def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, name: str) -> None:
-    assert data.rows(write(tmp_path / name, ROWS)) == ROWS
+    assert files.rows(write(tmp_path / name, ROWS)) == ROWS
 
 
 def test_a_folder_has_splits(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", ROWS)
     write(tmp_path / "test.csv", ROWS[:1])
-    assert len(data.rows(tmp_path)) == 2
-    assert len(data.rows(tmp_path, "test")) == 1
+    assert len(files.rows(tmp_path)) == 2
+    assert len(files.rows(tmp_path, "test")) == 1
     with pytest.raises(ValueError, match=r"no file dev\.jsonl.*it has test\.csv, train\.jsonl"):
-        data.rows(tmp_path, "dev")
+        files.rows(tmp_path, "dev")
 
 
 def test_a_changed_file_is_read_anew(tmp_path: Path) -> None:
     path = write(tmp_path / "d.jsonl", ROWS)
-    data.rows(path)
+    files.rows(path)
     write(path, ROWS[:1])
-    assert data.rows(path) == ROWS[:1]
+    assert files.rows(path) == ROWS[:1]
 
 
 def test_marks_and_lines_of_other_programs(tmp_path: Path) -> None:
     (tmp_path / "bom.csv").write_bytes("﻿prompt,answer\r\nq,4\r\n".encode())
-    assert data.rows(tmp_path / "bom.csv") == [{"prompt": "q", "answer": "4"}]
+    assert files.rows(tmp_path / "bom.csv") == [{"prompt": "q", "answer": "4"}]
     (tmp_path / "lines.json").write_text('{"prompt": "a\\u2028b"}\n{"prompt": "c"}\n')
-    assert [r["prompt"] for r in data.rows(tmp_path / "lines.json")] == ["a\u2028b", "c"]
+    assert [r["prompt"] for r in files.rows(tmp_path / "lines.json")] == ["a\u2028b", "c"]
     (tmp_path / "long.csv").write_text("text\n" + "x" * 200_000 + "\n")
-    assert len(data.rows(tmp_path / "long.csv")[0]["text"]) == 200_000
+    assert len(files.rows(tmp_path / "long.csv")[0]["text"]) == 200_000
 
 
 @pytest.mark.parametrize(
@@ -114,17 +114,17 @@ def test_marks_and_lines_of_other_programs(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_read_says_where(tmp_path: Path, name: str, content: bytes, words: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=name.replace(".", r"\.")) as caught:
-        data.rows(tmp_path / name)
+        files.rows(tmp_path / name)
     assert words in str(caught.value)
 
 
 def test_data_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "preferences.jsonl", ROWS)
     with pytest.raises(ValueError, match=r"there is no data at .*did you mean .*preferences\.jsonl\?"):
-        data.rows(tmp_path / "preference.jsonl")
+        files.rows(tmp_path / "preference.jsonl")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="no file or folder here, and as a hub data set it could not be read"):
-        data.rows("someone/some-data-nobody-has")
+        files.rows("someone/some-data-nobody-has")
 
 
 # -- tokens -------------------------------------------------------------------------------------------------------------

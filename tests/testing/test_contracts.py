@@ -58,7 +58,7 @@ class State:
 
 
 def train(cfg, state, run):
-    for step in run.steps(cfg.steps, state, title="descent"):
+    for step in run.steps(cfg.steps, state, title="descent", setting=SETTING):
         noise = torch.randn(3, generator=run.rng)
         parts = (state.x - noise).split(cfg.micro_tokens)
         loss = sum(part.square().sum() for part in parts)
@@ -165,6 +165,8 @@ def test_a_setting_counts_as_read_under_any_name_of_the_config(recipe: Callable[
         (('"val/x"', '"Value of X"'), "'Value of X' is no metric's name"),
         (("steps: int = 5", "steps: int = 2"), "logged 2 steps; build a run of at least 3"),
         (("run.log(step, {", "run.log(step + 1, {"), "line 0 of metrics.jsonl is not step 0"),
+        ((", setting=SETTING", ""), "its SETTING is rl, step 0 was taken inside None"),
+        (("setting=SETTING", 'setting="imitation"'), "its SETTING is rl, step 0 was taken inside imitation"),
     ],
 )
 def test_a_run_that_does_not_follow_from_its_seed_is_caught(

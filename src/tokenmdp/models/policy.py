@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tokenmdp import mdp
 from tokenmdp.functional import kl
 from tokenmdp.models import decode
 from tokenmdp.models.backbone import Backbone
@@ -177,7 +178,9 @@ class Policy:
 
         Raises:
             ValueError: no prompts, n below 1, or a prompt that with the response would not fit the context.
+            OutOfSetting: inside a setting without dynamics.
         """
+        mdp.touch("dynamics")
         if not prompts or n < 1:
             raise ValueError(f"asked for {n} samples of {len(prompts)} prompts: both must be at least 1")
         for p in prompts:
@@ -232,7 +235,11 @@ class Policy:
         return replace(batch, read=Read(known, batch.tokens, count, parts[0].weights))
 
     def evaluate(
-        self, batch: Batch, want: Sequence[str] = ("logp",), temperature: float = 1.0
+        self,
+        batch: Batch,
+        want: Sequence[str] = ("logp",),
+        temperature: float = 1.0,
+        of: Int[Tensor, "B L"] | None = None,
     ) -> dict[str, Float[Tensor, "B L"]]:
         """What this policy makes of a batch, token-aligned and zero outside `batch.action`.
 
@@ -240,6 +247,8 @@ class Policy:
             want: any of `logp`, log π(a_t | s_t) in nats; `entropy`, H(π(· | s_t)) in nats (no gradient); `logit`, that
                 of the token taken, and `log_z`, log Σ_a exp of all logits there (their difference is `logp`).
             temperature: logits are divided by it first; 1 is the policy itself.
+            of: the tokens that `logp` and `logit` are of, in the same states, such as those an expert would have
+                taken; None for those that were taken.
 
         Raises:
             ValueError: an unknown want.
@@ -248,7 +257,7 @@ class Policy:
         if unknown:
             raise ValueError(f"want has {sorted(unknown)}; it may hold logp, entropy, logit and log_z")
         where = batch.action.nonzero(as_tuple=True)
-        chosen = batch.tokens[where]
+        chosen = (batch.tokens if of is None else of)[where]
         found: dict[str, list[Tensor]] = {name: [] for name in want}
         with self.backbone.converted():
             for piece, logits in self._action_logits(batch):
@@ -273,6 +282,52 @@ class Policy:
         }
 
     @torch.no_grad()
+    def best(self, batch: Batch) -> Int[Tensor, "B L"]:
+        """The most likely token in the state before each action; 0 elsewhere."""
+        with self.backbone.converted():
+            parts = [logits.argmax(-1) for _, logits in self._action_logits(batch)]
+        out = torch.zeros_like(batch.tokens)
+        return out.index_put(batch.action.nonzero(as_tuple=True), torch.cat(parts)) if parts else out
+
+    def divergence(
+        self,
+        other: Policy,
+        batch: Batch,
+        measure: Callable[[Float[Tensor, "N V"], Float[Tensor, "N V"]], Float[Tensor, "N"]] = kl.exact,
+        temperature: float = 1.0,
+    ) -> Float[Tensor, "B L"]:
+        """How far the two policies' distributions lie apart at every action position, over the whole vocabulary.
+
+        The gradient is this policy's; the other is read as a constant.
+
+        Args:
+            measure: of this policy's logits and the other's; the default is KL(π ‖ other) in nats, and
+                `functional.imitation` has more.
+            temperature: both policies' logits are divided by it first.
+
+        Raises:
+            ValueError: the two vocabularies differ in size.
+        """
+        parts = []
+        with self.backbone.converted(), other.backbone.converted():
+            given = other._action_logits(batch)
+            for _, ours in self._action_logits(batch):
+                with torch.no_grad():
+                    _, theirs = next(given)
+                if ours.shape != theirs.shape:
+                    raise ValueError(
+                        f"{self.name} has {ours.shape[-1]} tokens and {other.name} {theirs.shape[-1]}: a divergence needs "
+                        "one vocabulary"
+                    )
+                if temperature != 1.0:
+                    ours, theirs = ours / temperature, theirs / temperature
+                parts.append(measure(ours, theirs))
+        out = torch.zeros(
+            batch.tokens.shape, dtype=parts[0].dtype if parts else torch.float32, device=batch.tokens.device
+        )
+        return out.index_put(batch.action.nonzero(as_tuple=True), torch.cat(parts)) if parts else out
+
+    @torch.no_grad()
     def kl_to(self, reference: Policy, batch: Batch) -> Float[Tensor, "B L"]:
         """KL(π(· | s_t) ‖ π_ref(· | s_t)) at every action position, exact over the vocabulary, in nats.
 
@@ -282,19 +337,7 @@ class Policy:
         Raises:
             ValueError: the two vocabularies differ in size.
         """
-        parts = []
-        with self.backbone.converted(), reference.backbone.converted():
-            for (_, ours), (_, theirs) in zip(self._action_logits(batch), reference._action_logits(batch), strict=True):
-                if ours.shape != theirs.shape:
-                    raise ValueError(
-                        f"{self.name} has {ours.shape[-1]} tokens and {reference.name} {theirs.shape[-1]}: a KL needs one "
-                        "vocabulary"
-                    )
-                parts.append(kl.exact(ours, theirs))
-        out = torch.zeros(
-            batch.tokens.shape, dtype=parts[0].dtype if parts else torch.float32, device=batch.tokens.device
-        )
-        return out.index_put(batch.action.nonzero(as_tuple=True), torch.cat(parts)) if parts else out
+        return self.divergence(reference, batch)
 
     def _action_logits(self, batch: Batch) -> Iterator[tuple[slice, Tensor]]:
         """Float32 (or wider) logits of the states in which actions were taken, a slice of action positions at a time.

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from tokenmdp import mdp
 from tokenmdp.models import decode
 from tokenmdp.models.policy import Policy
 from tokenmdp.models.sampling import Sampling
@@ -65,7 +66,9 @@ def branch(
     Raises:
         ValueError: k below 1, not one list of positions a row, no position at all, a position that is no action, or a
             state that has used up the horizon.
+        OutOfSetting: inside a setting without dynamics.
     """
+    mdp.touch("dynamics")
     if k < 1 or len(at) != len(batch):
         raise ValueError(
             f"k is {k}, with positions for {len(at)} rows of {len(batch)}: ask for at least one future, and give a list "
@@ -87,6 +90,56 @@ def branch(
                 own = uniform[i * k : (i + 1) * k]
                 drawn += decode.slow(policy, [parents[f.parent][: f.length]], k, own, left, advance)
     return _joined(policy, batch, [f for f in forks for _ in range(k)], drawn, k)
+
+
+def overruled(
+    policy: Policy,
+    batch: Batch,
+    rows: Sequence[int],
+    at: Sequence[int],
+    token: Sequence[int],
+    sampling: Sampling,
+    rng: torch.Generator,
+) -> Batch:
+    """Put another token in place of one in some rows, and let the policy go on from there.
+
+    Args:
+        rows, at, token: in row `rows[i]` the action at position `at[i]` becomes `token[i]`; what followed is dropped.
+        sampling: as the responses were drawn; its `max_new_tokens` is the horizon of a whole response.
+
+    Returns:
+        All rows, in order. Nobody's policy drew them as they stand, so `logp_mu` is None.
+    """
+    mdp.touch("dynamics")
+    whole = [t[:n] for t, n in zip(batch.tokens.tolist(), batch.length.tolist(), strict=True)]
+    response = [row[len(p.ids) :] for row, p in zip(whole, batch.prompts, strict=True)]
+    ended = batch.ended.tolist()
+    going: list[int] = []
+    for row, t, a in zip(rows, at, token, strict=True):
+        kept = t - len(batch.prompts[row].ids)
+        response[row], ended[row] = [*response[row][:kept], a], a in policy.eos_ids
+        if not ended[row] and kept + 1 < sampling.max_new_tokens:
+            going.append(row)
+
+    def built(which: Sequence[int], tail: list[int]) -> Batch:
+        prompts, said = [batch.prompts[i] for i in which], [[*response[i], *tail] for i in which]
+        return Batch.build(
+            prompts,
+            said,
+            texts=[policy.response_text(p.ids, r) for p, r in zip(prompts, said, strict=True)],
+            ended=[ended[i] for i in which],
+            group=[int(batch.group[i]) for i in which],
+            pad=policy.eos_ids[0],
+        ).to(batch.tokens.device)
+
+    if going:
+        # What stands after the state to go on from does not matter: it is the token to be drawn anew.
+        states = built(going, [policy.eos_ids[0]])
+        found = branch(policy, states, [[n - 1] for n in states.length.tolist()], 1, sampling, rng).batch
+        for i, row in enumerate(going):
+            response[row] = found.tokens[i, len(found.prompts[i].ids) : int(found.length[i])].tolist()
+            ended[row] = bool(found.ended[i])
+    return built(range(len(batch)), [])
 
 
 def _fork(policy: Policy, batch: Batch, row: int, t: int, sampling: Sampling) -> decode.Fork:

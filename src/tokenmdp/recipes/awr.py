@@ -26,7 +26,7 @@ from tokenmdp.learner import Learner
 from tokenmdp.models import catalog
 from tokenmdp.models.policy import Policy
 from tokenmdp.run import Run
-from tokenmdp.tasks import data
+from tokenmdp.tasks import data, files
 from tokenmdp.types import Batch, Score
 
 SETTING = "offline_rl"
@@ -131,7 +131,7 @@ def train(cfg: Config, start: Policy, logged: Batch, score: Tensor, run: Run) ->
     def loss(part: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         return imitation.nll(policy.evaluate(part)["logp"]), {}
 
-    for step in run.steps(cfg.steps, learner, title=f"{cfg.weighting} regression"):
+    for step in run.steps(cfg.steps, learner, title=f"{cfg.weighting} regression", setting=SETTING):
         part = torch.randperm(len(logged), generator=run.rng)[: cfg.rows]
         b, judged_rows = logged.select(part), rows[part]
         w = weights.per_token(b.action, judged_rows) * omega[part][:, None]
@@ -151,7 +151,7 @@ def train(cfg: Config, start: Policy, logged: Batch, score: Tensor, run: Run) ->
 def main(cfg: Config, run: Run) -> dict[str, object]:
     """Load the model and the log, train, save the policy to `model/` in the run folder."""
     start = catalog.load(cfg.model)
-    logged, score = data.logged(data.rows(cfg.data), start, cfg.max_tokens)
+    logged, score = data.logged(files.rows(cfg.data), start, cfg.max_tokens)
     run.note(f"start {start.name} {start.fingerprint()}")
     policy, figures = train(cfg, start, logged, score, run)
     return {**figures, **policy.publish(run.folder / "model")}

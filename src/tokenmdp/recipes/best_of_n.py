@@ -56,7 +56,7 @@ def train(cfg: Config, policy: Policy, prompts: list[Prompt], reward: Reward, ru
     sampling = Sampling(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature)
     totals = measures.Sums()
     chunks = [prompts[i : i + cfg.chunk] for i in range(0, len(prompts), cfg.chunk)]
-    for step in run.steps(len(chunks), totals, title="best of n"):
+    for step in run.steps(len(chunks), totals, title="best of n", setting=SETTING):
         b: Batch = policy.sample(chunks[step], cfg.n, sampling, run.rng)
         score = reward(b)
         run.missing(step, b, score)

@@ -102,7 +102,7 @@ def train(
         logp = policy.evaluate(part, temperature=cfg.temperature)["logp"]
         return policy_loss.reinforce(logp, advantage), {}
 
-    for step in run.steps(cfg.steps, actor, title="policy gradient with demonstrations"):
+    for step in run.steps(cfg.steps, actor, title="policy gradient with demonstrations", setting=SETTING):
         # 1. Roll out on the known dynamics; take some demonstrations.
         b = policy.sample(task.draw(cfg.prompts, run.rng), cfg.samples, sampling, run.rng)
         score = reward(b)

@@ -34,7 +34,7 @@ from tokenmdp.models import catalog
 from tokenmdp.models.parts import in_parts
 from tokenmdp.models.policy import Policy
 from tokenmdp.run import Run
-from tokenmdp.tasks import data
+from tokenmdp.tasks import data, files
 from tokenmdp.types import Batch, Pairs
 
 SETTING = "preference_rl"
@@ -141,7 +141,7 @@ def train(cfg: Config, start: Policy, pairs: Pairs, run: Run) -> tuple[Policy, d
             "logps/rejected": rejected,
         }
 
-    for step in run.steps(cfg.steps, learner, title=f"preferences, {cfg.loss}"):
+    for step in run.steps(cfg.steps, learner, title=f"preferences, {cfg.loss}", setting=SETTING):
         rows = torch.randperm(len(learned), generator=run.rng)[: cfg.rows]
         part = learned.select(rows)
         columns = {"chosen_ref": reference[0][rows], "rejected_ref": reference[1][rows]}
@@ -225,5 +225,5 @@ def explain(figures: dict[str, float]) -> str:
 def main(cfg: Config, run: Run) -> dict[str, object]:
     """Load the model and the pairs, train, save the policy to `model/` in the run folder."""
     start = catalog.load(cfg.model).freeze()
-    policy, figures = train(cfg, start, data.pairs(data.rows(cfg.data), start, cfg.max_tokens), run)
+    policy, figures = train(cfg, start, data.pairs(files.rows(cfg.data), start, cfg.max_tokens), run)
     return {**figures, **policy.publish(run.folder / "model")}

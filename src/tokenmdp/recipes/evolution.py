@@ -136,7 +136,7 @@ def train(
         ]
         return policy_loss.reinforce(torch.stack(score) / cfg.sigma, advantage), {}
 
-    for step in run.steps(cfg.steps, learner, title="evolution"):
+    for step in run.steps(cfg.steps, learner, title="evolution", setting=SETTING):
         # 1. Try every direction both ways, on the same prompts with the same chance.
         prompts = task.draw(cfg.prompts, run.rng)
         seeds = torch.randint(1 << 62, (cfg.pairs,), generator=run.rng)

@@ -154,7 +154,7 @@ def train(
             "val/ratio": change.exp(),
         }
 
-    for step in run.steps(cfg.steps, actor, *stale, title="GRPO"):
+    for step in run.steps(cfg.steps, actor, *stale, title="GRPO", setting=SETTING):
         # 1. Roll out on the known dynamics; where asked, until enough groups vary.
         for copy in stale if step % cfg.sync == 0 else ():
             copy.follow(1.0)

@@ -155,7 +155,7 @@ def train(cfg: Config, policy: Policy, prompts: list[Prompt], reward: Reward, ru
     totals = measures.Sums()
     plain = Sampling(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature)
     chunks = [prompts[i : i + cfg.chunk] for i in range(0, len(prompts), cfg.chunk)]
-    for step in run.steps(len(chunks), totals, title="guided decoding"):
+    for step in run.steps(len(chunks), totals, title="guided decoding", setting=SETTING):
         guide = Guide(cfg, policy, reward, run.rng)
         arms = {"first": policy.sample(chunks[step], 1, plain, run.rng), "guided": guide.answer(chunks[step])}
         for arm, b in arms.items():

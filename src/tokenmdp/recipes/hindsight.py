@@ -114,7 +114,7 @@ def train(
     def loss(part: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         return imitation.nll(policy.evaluate(part, temperature=cfg.temperature)["logp"]), {}
 
-    for step in run.steps(cfg.steps, learner, title="hindsight"):
+    for step in run.steps(cfg.steps, learner, title="hindsight", setting=SETTING):
         # 1. Try, judge, rewrite what was asked.
         b = policy.sample(task.draw(cfg.prompts, run.rng), cfg.samples, sampling, run.rng)
         score = reward(b)

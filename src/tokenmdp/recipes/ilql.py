@@ -31,7 +31,7 @@ from tokenmdp.models.parts import in_parts
 from tokenmdp.models.policy import Policy
 from tokenmdp.models.target import Target
 from tokenmdp.run import Run
-from tokenmdp.tasks import data
+from tokenmdp.tasks import data, files
 from tokenmdp.types import Batch, Score
 
 SETTING = "offline_rl"
@@ -156,7 +156,7 @@ def train(cfg: Config, start: Policy, logged: Batch, score: Tensor, run: Run) ->
     def policy_loss_of(part: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         return imitation.nll(policy.evaluate(part)["logp"]), {}
 
-    for step in run.steps(cfg.steps, actor, valuer, target, title="implicit Q"):
+    for step in run.steps(cfg.steps, actor, valuer, target, title="implicit Q", setting=SETTING):
         part = torch.randperm(len(logged), generator=run.rng)[: cfg.rows]
         b, L = logged.select(part), int(logged.length[part].max())
         plain = weights.per_token(b.action, rows[part])
@@ -190,7 +190,7 @@ def train(cfg: Config, start: Policy, logged: Batch, score: Tensor, run: Run) ->
 def main(cfg: Config, run: Run) -> dict[str, object]:
     """Load the model and the log, train, save the policy to `model/` in the run folder."""
     start = catalog.load(cfg.model)
-    logged, score = data.logged(data.rows(cfg.data), start, cfg.max_tokens)
+    logged, score = data.logged(files.rows(cfg.data), start, cfg.max_tokens)
     run.note(f"start {start.name} {start.fingerprint()}")
     policy, figures = train(cfg, start, logged, score, run)
     return {**figures, **policy.publish(run.folder / "model")}

@@ -25,7 +25,7 @@ from tokenmdp.models import catalog
 from tokenmdp.models.parts import in_parts
 from tokenmdp.models.policy import Policy
 from tokenmdp.run import Run
-from tokenmdp.tasks import data
+from tokenmdp.tasks import data, files
 from tokenmdp.types import Batch
 
 SETTING = "preference_rl"
@@ -114,7 +114,7 @@ def train(cfg: Config, start: Policy, batch: Batch, label: Tensor, run: Run) -> 
         wrong = mismatched(part, start.context)
         return preference.kto_reference(totals(policy, wrong), totals(start, wrong))
 
-    for step in run.steps(cfg.steps, learner, title="KTO"):
+    for step in run.steps(cfg.steps, learner, title="KTO", setting=SETTING):
         rows = torch.randperm(len(learned), generator=run.rng)[: cfg.rows]
         b, z = learned.select(rows), point(learned.select(rows))
         columns = {"logp_ref": reference[rows], "good": good[rows], "z": z.expand(len(b))}
@@ -206,6 +206,6 @@ def judge(cfg: Config, before: Tensor, now: Tensor, good: Tensor, moved: Tensor)
 def main(cfg: Config, run: Run) -> dict[str, object]:
     """Load the model and the labelled responses, train, save the policy to `model/` in the run folder."""
     start = catalog.load(cfg.model).freeze()
-    batch, label = data.labelled(data.rows(cfg.data), start, cfg.max_tokens)
+    batch, label = data.labelled(files.rows(cfg.data), start, cfg.max_tokens)
     policy, figures = train(cfg, start, batch, label, run)
     return {**figures, **policy.publish(run.folder / "model")}

@@ -121,7 +121,7 @@ def train(
             "logps/rejected": rejected,
         }
 
-    for step in run.steps(cfg.steps, learner, title="online DPO"):
+    for step in run.steps(cfg.steps, learner, title="online DPO", setting=SETTING):
         # 1. Roll out on the known dynamics.
         b = policy.read(policy.sample(task.draw(cfg.prompts, run.rng), cfg.samples, sampling, run.rng))
         score = reward(b)

@@ -122,7 +122,7 @@ def train(
         value = critic.value(critic.states(part) if states is None else states, part)
         return policy_loss.value_clip(value, value.detach(), return_, None), {}
 
-    for step in run.steps(cfg.steps, actor, valuer, beta, title="PPO"):
+    for step in run.steps(cfg.steps, actor, valuer, beta, title="PPO", setting=SETTING):
         # 1. Roll out on the known dynamics.
         b = policy.read(policy.sample(task.draw(cfg.prompts, run.rng), cfg.samples, sampling, run.rng))
         score = reward(b)

@@ -28,7 +28,7 @@ from tokenmdp.rewards import steps
 from tokenmdp.rewards.reward_model import RewardModel
 from tokenmdp.rewards.step_model import StepRewardModel
 from tokenmdp.run import Run
-from tokenmdp.tasks import data
+from tokenmdp.tasks import data, files
 from tokenmdp.types import Batch
 
 SETTING = "preference_rl"
@@ -102,7 +102,7 @@ def train(
         value = preference.pointwise(logit.flatten(), y.flatten()).view_as(logit)
         return value, {"accuracy": ((logit > 0) == (y > 0.5)).to(value.dtype), "steps_right": (y > 0.5).to(value.dtype)}
 
-    for step in run.steps(count, learner, title="process reward"):
+    for step in run.steps(count, learner, title="process reward", setting=SETTING):
         epoch, at = divmod(step, per_epoch)
         # An epoch's order depends on the seed and the epoch alone, so a resumed run draws the same one.
         shuffled = torch.randperm(len(learned), generator=torch.Generator().manual_seed(run.seed * 1_000_003 + epoch))
@@ -184,7 +184,7 @@ def main(cfg: Config, run: Run) -> dict[str, object]:
         }
         run.note(f"labels by resets: {made}")
     else:
-        batch, label, mask = data.stepwise(data.rows(cfg.data), policy, cfg.max_tokens)
+        batch, label, mask = data.stepwise(files.rows(cfg.data), policy, cfg.max_tokens)
     model, figures = train(cfg, policy, batch, label, mask, run)
     model.save(run.folder / "model")
     return {**figures, **made, "model": str(run.folder / "model")}

@@ -97,7 +97,7 @@ def train(
     def look(model: Policy, b: Batch, *want: str) -> dict[str, Tensor]:
         return in_parts(lambda part: model.evaluate(part, want, cfg.temperature), b)
 
-    for step in run.steps(cfg.steps, learner, title="RAFT"):
+    for step in run.steps(cfg.steps, learner, title="RAFT", setting=SETTING):
         # 1. Sample, judge, choose.
         b = sampler.sample(task.draw(cfg.prompts, run.rng), cfg.samples, sampling, run.rng)
         score = reward(b)

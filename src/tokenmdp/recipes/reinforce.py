@@ -117,7 +117,7 @@ def train(
     def loss(part: Batch, advantage: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return policy_loss.reinforce(policy.evaluate(part, temperature=cfg.temperature)["logp"], advantage), {}
 
-    for step in run.steps(cfg.steps, actor, title="REINFORCE"):
+    for step in run.steps(cfg.steps, actor, title="REINFORCE", setting=SETTING):
         # 1. Roll out on the known dynamics.
         b = policy.read(policy.sample(task.draw(cfg.prompts, run.rng), cfg.samples, sampling, run.rng))
         score = reward(b)

@@ -25,10 +25,10 @@ from tokenmdp.models import catalog
 from tokenmdp.models.parts import in_parts
 from tokenmdp.models.policy import Policy
 from tokenmdp.run import Run
-from tokenmdp.tasks import data
+from tokenmdp.tasks import data, files
 from tokenmdp.types import Batch
 
-SETTING = "imitation"
+SETTING = "offline_imitation"
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def train(
 
     before = held_out_nll(policy, held_out)
     after = before
-    for step in run.steps(cfg.steps, learner, title="behaviour cloning"):
+    for step in run.steps(cfg.steps, learner, title="behaviour cloning", setting=SETTING):
         b = demonstrations.select(torch.randperm(len(demonstrations), generator=run.rng)[: cfg.rows])
         metrics = learner.step(loss, b, weigh(b.action))
         if (step + 1) % cfg.evaluate_every == 0 or step + 1 == cfg.steps:
@@ -96,7 +96,7 @@ def main(cfg: Config, run: Run) -> dict[str, object]:
     everything = tasks.load(cfg.task, start).demonstrations if cfg.task else None
     if cfg.task and everything is None:
         raise ValueError(f"the task {cfg.task} has no demonstrations to clone: give a file with some by --data")
-    everything = everything or data.demonstrations(data.rows(cfg.data), start, cfg.max_tokens)
+    everything = everything or data.demonstrations(files.rows(cfg.data), start, cfg.max_tokens)
     learned, kept = data.split(everything, cfg.held_out, run.rng)
     run.note(f"{len(learned)} demonstrations, {len(kept)} held out; start {start.name} {start.fingerprint()}")
     policy, figures = train(cfg, start, learned, kept, run)

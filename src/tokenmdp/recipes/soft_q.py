@@ -94,7 +94,7 @@ def train(
         q = soft.values(policy, part, logit_ref, log_z_ref, cfg.kl)["q"]
         return 0.5 * (q - goal).square(), {}
 
-    for step in run.steps(cfg.steps, learner, sampler, target, title="soft Q"):
+    for step in run.steps(cfg.steps, learner, sampler, target, title="soft Q", setting=SETTING):
         # 1. Sample from the policy of some phases ago, judge.
         b = behaviour.sample(task.draw(cfg.prompts, run.rng), cfg.samples, sampling, run.rng)
         score = reward(b)

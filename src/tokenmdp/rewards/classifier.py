@@ -29,6 +29,7 @@ from safetensors.numpy import load_file, save_file
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
+from tokenmdp import mdp
 from tokenmdp.types import Batch, Score
 
 _WORD = re.compile(r"(?u)\b\w\w+\b")  # scikit-learn's own: words of two characters or more
@@ -107,6 +108,7 @@ class TextClassifier:
 
     def __call__(self, batch: Batch) -> Score:
         """[B] log-odds of prompt and response read as one text."""
+        mdp.touch("reward")
         texts = [prompt.text + text for prompt, text in zip(batch.prompts, batch.texts, strict=True)]
         return Score.of(torch.from_numpy(self.logits(texts)).float().to(batch.tokens.device))
 

@@ -27,6 +27,7 @@ from typing import Any, Protocol
 
 import torch
 
+from tokenmdp import mdp
 from tokenmdp.rewards import worker
 from tokenmdp.rewards.worker import Row, Wants
 from tokenmdp.types import Batch, Score
@@ -114,6 +115,7 @@ class FunctionReward:
             RewardFailure: more than `max_missing` of the rows have no verdict.
             ValueError: the function asks for a column the data lacks, or returns a wrong number of results.
         """
+        mdp.touch("reward")
         try:
             rows = self._judge(self._arguments(batch), len(batch))
         except worker.WrongAnswer as error:

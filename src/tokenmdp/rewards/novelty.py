@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from tokenmdp.models.policy import Policy
-from tokenmdp.tasks import data
+from tokenmdp.tasks import files
 from tokenmdp.types import Batch, Score
 
 Gram = tuple[int, ...]
@@ -61,10 +61,10 @@ class Novelty:
         """Count the responses in a file: its column `text` (as in a run's samples.jsonl) or `completion`.
 
         Raises:
-            ValueError: a row has neither, or what `data.rows` raises.
+            ValueError: a row has neither, or what `files.rows` raises.
         """
         counts: Counter[Gram] = Counter()
-        for index, row in enumerate(data.rows(path)):
+        for index, row in enumerate(files.rows(path)):
             text = row.get("text", row.get("completion"))
             if not isinstance(text, str):
                 raise ValueError(

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
+from tokenmdp import mdp
 from tokenmdp.models.backbone import Backbone
 from tokenmdp.models.heads import Critic, pooled
 from tokenmdp.models.parts import in_parts
@@ -115,6 +116,7 @@ class RewardModel:
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Score:
         """Scores of a batch, in parts of bounded memory."""
+        mdp.touch("learned_reward")
         return Score.of(in_parts(lambda part: {"score": self.last(part)}, batch)["score"])
 
     @torch.no_grad()

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from tokenmdp import mdp
 from tokenmdp.models.heads import pooled
 from tokenmdp.models.parts import in_parts
 from tokenmdp.models.policy import Policy
@@ -95,6 +96,7 @@ class StepRewardModel:
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Score:
         """Probabilities of the steps, and the score they make; a response without any step has no verdict."""
+        mdp.touch("learned_reward")
         found = self.probabilities(batch)
         closing = self.ends(batch)
         verdict = closing.any(dim=1)

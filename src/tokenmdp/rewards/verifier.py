@@ -10,6 +10,7 @@ import math
 
 import torch
 
+from tokenmdp import mdp
 from tokenmdp.rewards import numerals
 from tokenmdp.types import Batch, Prompt, Score
 
@@ -74,6 +75,7 @@ class NumericVerifier:
         Raises:
             ValueError: no row of the batch has a value in `column`: nothing could ever be learned from it.
         """
+        mdp.touch("reward")
         if all(prompt.columns.get(self.column) is None for prompt in batch.prompts):
             names = dict.fromkeys(name for prompt in batch.prompts for name in prompt.columns)
             raise ValueError(

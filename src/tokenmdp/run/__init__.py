@@ -39,7 +39,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tokenmdp import __version__
+from tokenmdp import __version__, mdp
 from tokenmdp.run.dashboards import Sink, check_dashboards, open_dashboard
 from tokenmdp.run.files import (
     Chance,
@@ -338,7 +338,15 @@ class Run:
             self._stages[name] = stage
         return self._stages[name]
 
-    def steps(self, n: int, *state: Stateful, title: str, every_seconds: float = 60.0, keep: int = 2) -> Iterator[int]:
+    def steps(
+        self,
+        n: int,
+        *state: Stateful,
+        title: str,
+        every_seconds: float = 60.0,
+        keep: int = 2,
+        setting: str | None = None,
+    ) -> Iterator[int]:
         """The steps 0 … n−1 that are still to be taken, under a bar with the time left.
 
         Puts `state` back from the newest whole checkpoint; writes one after a step once `every_seconds` have passed
@@ -352,9 +360,11 @@ class Run:
             every_seconds: the least time between two checkpoints; 0 writes one after every step. Where writing is slow
                 they come further apart, so that no more than about a twentieth of the time goes into them.
             keep: how many checkpoints stay.
+            setting: a row of `mdp.SETTINGS`, which the body of the loop is held to; None holds it to nothing.
 
         Raises:
-            ValueError: called twice on one run: give the second loop a stage of its own.
+            mdp.OutOfSetting: in the body, where it touches what the setting does not have.
+            ValueError: no such setting; or called twice on one run: give the second loop a stage of its own.
             OSError: a checkpoint cannot be written; the one before is kept.
         """
         if self._stepping:
@@ -367,7 +377,8 @@ class Run:
         wait = every_seconds
         with Bar(self._screen, n, title, "steps", start) as self._bar:
             for step in range(start, n):
-                yield step
+                with mdp.within(setting) if setting is not None else contextlib.nullcontext():
+                    yield step
                 self._bar.advance()
                 begun = time.monotonic()
                 if step == n - 1 or begun - saved >= wait:

@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 
+from tokenmdp import mdp
+from tokenmdp.experts import Expert
 from tokenmdp.models.policy import Policy
 from tokenmdp.types import Batch, Prompt, Reward, Score
 
-_NOT_TASKS = {"__init__", "data", "formats"}
+_NOT_TASKS = {"__init__", "data", "files", "formats"}
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Task:
         held_out: prompts to judge on; none of them is in `train`.
         demonstrations: what a demonstrator did, where the task has one.
         reward: the true reward, where the task knows it.
+        expert: who knows what to do in any state, where the task has one to ask.
         facts: figures worth printing, such as the accuracy of a gold reward.
     """
 
@@ -41,6 +44,7 @@ class Task:
     held_out: tuple[Prompt, ...] = ()
     demonstrations: Batch | None = None
     reward: Reward | None = None
+    expert: Expert | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -70,6 +74,7 @@ class ExactAnswer:
 
     def __call__(self, batch: Batch) -> Score:
         """[B] 0 or 1; a prompt without an answer gives no verdict."""
+        mdp.touch("reward")
         answers = [p.columns.get("answer") for p in batch.prompts]
         right = [float(text.strip() == str(answer)) for text, answer in zip(batch.texts, answers, strict=True)]
         verdict = torch.tensor([answer is not None for answer in answers], device=batch.tokens.device)

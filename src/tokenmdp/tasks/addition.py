@@ -9,6 +9,7 @@ import re
 
 import torch
 
+from tokenmdp.experts import Answering
 from tokenmdp.models.policy import Policy
 from tokenmdp.tasks import ExactAnswer, Task, data
 
@@ -43,6 +44,7 @@ def load(policy: Policy, digits: str | int = "1-2", count: int = 2000, held_out:
         held_out=tuple(prompts[:held_out]),
         demonstrations=data.demonstrations(rows[held_out:], policy),
         reward=ExactAnswer(),
+        expert=Answering(policy),
     )
 
 

@@ -23,7 +23,7 @@ from typing import Any
 from tokenmdp.models.policy import Policy
 from tokenmdp.rewards import numerals
 from tokenmdp.rewards.verifier import NumericVerifier
-from tokenmdp.tasks import Task, data
+from tokenmdp.tasks import Task, data, files
 
 TEMPLATE = "Question: {question}\nAnswer:"
 MADE = 2000  # problems made where no number is given
@@ -218,9 +218,9 @@ def _split(source: str | Path, count: int, held_out: int, seed: int) -> tuple[li
     """
     path, rng = Path(source).expanduser(), random.Random(seed)
     with_test = any(path.glob("test.*")) if path.is_dir() else not path.is_file()
-    everything = data.rows(source, "train")
+    everything = files.rows(source, "train")
     learned = list(_readable(everything))
-    asked = data.rows(source, "test") if with_test else []
+    asked = files.rows(source, "test") if with_test else []
     kept = list(_readable(asked))
     unreadable = len(everything) + len(asked) - len(learned) - len(kept)
     if with_test:

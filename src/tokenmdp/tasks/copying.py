@@ -12,6 +12,8 @@ import string
 
 import torch
 
+from tokenmdp import mdp
+from tokenmdp.experts import Answering
 from tokenmdp.models.policy import Policy
 from tokenmdp.tasks import Task, data
 from tokenmdp.types import Batch, Score
@@ -35,6 +37,7 @@ class Begins:
 
     def __call__(self, batch: Batch) -> Score:
         """[B] 0 or 1."""
+        mdp.touch("reward")
         right = [float(self.satisfied(t) == p.text) for t, p in zip(batch.texts, batch.prompts, strict=True)]
         return Score.of(torch.tensor(right, device=batch.tokens.device))
 
@@ -55,7 +58,7 @@ def load(policy: Policy, length: int = 1, letters: int = 26, held_out: int = 0, 
     if not 0 <= held_out <= len(asked) // 2:
         raise ValueError(f"held_out is {held_out}; of {len(asked)} instructions it is 0 to {len(asked) // 2}")
     order = torch.randperm(len(asked), generator=torch.Generator().manual_seed(seed)).tolist()
-    rows = [{"prompt": f"{asked[i]}>", "completion": asked[i]} for i in order]
+    rows = [{"prompt": f"{asked[i]}>", "completion": asked[i], "answer": asked[i]} for i in order]
     prompts = tuple(data.prompts(rows, policy))
     return Task(
         name="copying",
@@ -63,4 +66,5 @@ def load(policy: Policy, length: int = 1, letters: int = 26, held_out: int = 0, 
         held_out=prompts[:held_out] or prompts,
         demonstrations=data.demonstrations(rows[held_out:], policy),
         reward=Begins(length),
+        expert=Answering(policy),
     )

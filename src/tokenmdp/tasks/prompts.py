@@ -7,23 +7,23 @@ from pathlib import Path
 import torch
 
 from tokenmdp.models.policy import Policy
-from tokenmdp.tasks import Task, data
+from tokenmdp.tasks import Task, data, files
 
 
 def load(policy: Policy, source: str | Path, split: str = "train", held_out: float = 0.1, seed: int = 0) -> Task:
     """The prompts of `source`, split at random by `seed`; a prompt that occurs twice stays on one side.
 
     Args:
-        source: a file, a folder or a hub id (see `data.rows`).
+        source: a file, a folder or a hub id (see `files.rows`).
         split: of a folder or a hub data set.
         held_out: share of the different prompts that is held out; 0 keeps all to learn on.
 
     Raises:
-        ValueError: a share outside [0, 1), or what `data.rows` and `data.prompts` raise.
+        ValueError: a share outside [0, 1), or what `files.rows` and `data.prompts` raise.
     """
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out is {held_out}; it is a share, at least 0 and below 1")
-    found = data.prompts(data.rows(source, split), policy)
+    found = data.prompts(files.rows(source, split), policy)
     distinct = list(dict.fromkeys(p.ids for p in found))
     count = min(round(held_out * len(distinct)), len(distinct) - 1)
     order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(seed)).tolist()

@@ -10,6 +10,7 @@ import string
 
 import torch
 
+from tokenmdp.experts import Answering
 from tokenmdp.models.policy import Policy
 from tokenmdp.tasks import ExactAnswer, Task, data
 
@@ -48,4 +49,5 @@ def load(
         held_out=tuple(prompts[:held_out]),
         demonstrations=data.demonstrations(rows[held_out:], policy),
         reward=ExactAnswer(),
+        expert=Answering(policy),
     )

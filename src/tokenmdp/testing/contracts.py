@@ -1,7 +1,7 @@
 """What every recipe, reward and loss of this library promises, as checks anyone can run on their own.
 
     check_recipe(my_ppo)                                  its text: equation, source, setting, no dead settings
-    check_recipe_run(my_ppo, build, folder)               its runs: repeatable, resumable, finite, micro-batch free
+    check_recipe_run(my_ppo, build, folder)               its runs: repeatable, resumable, finite, micro-batch free, in its setting
     check_reward(reward, batch)                           its scores: one verdict a row, of that row alone
     check_loss(loss, batch, weight, advantage=...)        its values: unreduced, finite, of each row alone
 
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenmdp import mdp
 from tokenmdp.mdp import SETTINGS
 from tokenmdp.models.parts import cut
 from tokenmdp.run import Run
@@ -104,15 +105,31 @@ class _Stop(Exception):
 
 
 class _Checked(Run):
-    """A run that writes a checkpoint after every step, and breaks off after it has logged step `stop`, before that step is done."""
+    """A run that writes a checkpoint after every step, sees that each is taken inside the recipe's setting, and breaks
+    off after it has logged step `stop`, before that step is done.
+    """
 
-    stop: int | None = None
+    stop: int
+    recipe: ModuleType
 
-    def steps(self, n: int, *state: Any, title: str, every_seconds: float = 0.0, keep: int = 2) -> Iterator[int]:
-        return super().steps(n, *state, title=title, every_seconds=0.0, keep=keep)
+    def steps(
+        self,
+        n: int,
+        *state: Any,
+        title: str,
+        every_seconds: float = 0.0,
+        keep: int = 2,
+        setting: str | None = None,
+    ) -> Iterator[int]:
+        return super().steps(n, *state, title=title, every_seconds=0.0, keep=keep, setting=setting)
 
     def log(self, step: int, metrics: Any, headline: Sequence[str] = ()) -> None:
         super().log(step, metrics, headline)
+        _keep(
+            mdp.running() == self.recipe.SETTING,
+            f"{self.recipe.__name__}: its SETTING is {self.recipe.SETTING}, step {step} was taken inside {mdp.running()}: write "
+            "run.steps(..., setting=SETTING), so that what the setting lacks cannot be touched",
+        )
         if step == self.stop:
             raise _Stop
 
@@ -125,7 +142,7 @@ def check_recipe_run(
     Runs `module.train(cfg, *pieces, run)` five times or fewer, so give it three to six small steps, with `cfg, pieces = build()`:
 
     1. twice with one seed: the same bytes in metrics.jsonl, finite numbers under dashboard names (`a/b_c`);
-    2. broken off in the middle of its last step but one and resumed: the same bytes again;
+    2. broken off in the middle of its last step but one and resumed: the same bytes again; every step inside its SETTING;
     3. where Config has `micro_tokens`, with micro-batches of one row: the same metrics up to `tolerance`, relative to each
        metric's largest value.
 
@@ -163,11 +180,12 @@ def _resumed(module: ModuleType, build: Build, folder: Path, seed: int, steps: i
     cfg, pieces = build()
     run = _Checked.open(folder, config=asdict(cfg), seed=seed)
     assert isinstance(run, _Checked)
-    run.stop = stop
+    run.stop, run.recipe = stop, module
     try:
         with run:
             module.train(cfg, *pieces, run=run)
     except _Stop:
+        _keep(mdp.running() is None, f"{module.__name__}: the loop was left, but its setting {mdp.running()} was not")
         cfg, pieces = build()
         with Run.open(folder, config=asdict(cfg), seed=seed, resume=True) as run:
             module.train(cfg, *pieces, run=run)
