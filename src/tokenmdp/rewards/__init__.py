@@ -1,8 +1,8 @@
 """Rewards: whatever can judge a batch of responses. `load` makes one from its name.
 
 A reward is an object with a `name` that maps a `Batch` to a `Score`: a learned model (`reward_model`), a classifier of
-texts (`classifier`), a user's function (`function`), a task's own true reward, a verifier of numbers (`verifier`), or a
-weighted sum of others (`mixture`).
+texts (`classifier`), a user's function (`function`), a task's own true reward, a verifier of numbers (`verifier`), a
+language model that compares (`judge_model`), several rewards as one (`ensemble`), or a weighted sum of others (`mixture`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from tokenmdp.models.policy import Policy
 
 _PLUS = re.compile(r"(?<!\d[eE])\+")  # not the one in 1e+3
-_WEIGHTED = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*\*\s*(.*)")
+_NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+_WEIGHTED = re.compile(rf"([-+]?{_NUMBER})\s*\*\s*(.*)")
+_ENSEMBLE = re.compile(rf"(mean|min)(?:\s*-\s*({_NUMBER})\s*\*\s*variance)?\s*\((.*)\)")
+_COMMA, _COMMA_BLANK = re.compile(r",(?!\s*\w+=)"), re.compile(r",\s+(?!\w+=)")  # not those before an option
 
 
 def load(spec: str | Path, policy: Policy) -> Reward:
@@ -26,15 +29,20 @@ def load(spec: str | Path, policy: Policy) -> Reward:
 
         sentiment              the true reward of a task, by the task's name (or `name:value`, see `tasks.load`)
         numeric                the right number, from each prompt's `answer` column (see `verifier.NumericVerifier`)
-        runs/rm/model          a folder: a reward model on the policy's tokenizer, of whole responses or of steps, or a
-                               text classifier
+        runs/rm/model          a folder: a reward model on the policy's tokenizer, of whole responses or of steps, one
+                               on frozen embeddings, or a text classifier
         novelty:FILE           a bonus for what the responses of a file did not say (see `novelty.Novelty`)
+        log_ratio:MODEL        how much likelier a model that was cloned from demonstrations holds a response than the
+                               policy, or than a second `,MODEL` (see `log_ratio.LogRatio`)
         my_rewards.py:brevity  a function of a Python file (see `function.FunctionReward`)
+        judge:MODEL            how likely a language model finds it better than the prompt's `reference` (see `judge_model`)
+        min(a, b, c)           an ensemble: mean(...), min(...) or mean-0.5*variance(...) (see `ensemble`)
         0.5*a + 1.0*b          a weighted sum of any of these; a part without a weight counts once
 
-    The verifier and a function take options after another colon:
+    The verifier, a judge and a function take options after another colon:
 
         numeric:tolerance=0.01,column=target,think=</reasoning>
+        judge:smollm2-135m-instruct:column=answer,least=0.05
         my_rewards.py:brevity:timeout_seconds=2,max_missing=0.1
 
     Args:
@@ -44,7 +52,7 @@ def load(spec: str | Path, policy: Policy) -> Reward:
         ValueError: none of these, with what is possible; or what the reward itself raises.
     """
     text = str(spec).strip()
-    parts = [text] if Path(text.rpartition(":")[0] or text).exists() else [p.strip() for p in _PLUS.split(text)]
+    parts = [text] if Path(text.rpartition(":")[0] or text).exists() else _split(text, _PLUS)
     weighted = []
     for part in parts:
         match = _WEIGHTED.fullmatch(part)
@@ -55,6 +63,17 @@ def load(spec: str | Path, policy: Policy) -> Reward:
     from tokenmdp.rewards.mixture import Mixture
 
     return Mixture(weighted)
+
+
+def _split(text: str, separator: re.Pattern[str]) -> list[str]:
+    """The parts between separators that stand outside every parenthesis."""
+    parts, start = [], 0
+    for found in separator.finditer(text):
+        before = text[: found.start()]
+        if before.count("(") <= before.count(")"):
+            parts.append(text[start : found.start()].strip())
+            start = found.end()
+    return [*parts, text[start:].strip()]
 
 
 def _single(spec: str, whole: str, policy: Policy) -> Reward:
@@ -68,10 +87,27 @@ def _single(spec: str, whole: str, policy: Policy) -> Reward:
     name, _, rest = spec.partition(":")
     if name == "numeric":
         return _numeric(rest)
+    if members := _ENSEMBLE.fullmatch(spec):
+        from tokenmdp.rewards.ensemble import Ensemble
+
+        # A comma may belong to a member; then a blank after it tells which ones part them.
+        apart = _COMMA_BLANK if _COMMA_BLANK.search(members[3]) else _COMMA
+        each = [load(member, policy) for member in _split(members[3], apart)]
+        return Ensemble(each, members[1], float(members[2] or 0))
+    if name == "judge" and rest:
+        from tokenmdp.models import catalog
+        from tokenmdp.rewards.judge_model import JudgeModel
+
+        model, _, options = rest.partition(":")
+        return JudgeModel(catalog.load(model).freeze(), **_options(options, spec, column=str, least=float))
     if name == "novelty" and rest:
         from tokenmdp.rewards.novelty import Novelty
 
         return Novelty.load(rest, policy)
+    if name == "log_ratio" and rest:
+        from tokenmdp.rewards.log_ratio import LogRatio
+
+        return LogRatio.load(rest, policy)
     if name in tasks.names() and name != "prompts":
         reward = tasks.load(spec, policy).reward
         if reward is None:
@@ -89,6 +125,11 @@ def _single(spec: str, whole: str, policy: Policy) -> Reward:
         from tokenmdp.rewards.classifier import TextClassifier
 
         return TextClassifier.load(path)
+    for place in (path, path / "model"):
+        if (place / "embedding_reward.json").is_file():
+            from tokenmdp.rewards.embedding_reward import EmbeddingReward
+
+            return EmbeddingReward.load(place, policy)
     if folder and (path / "config.json").is_file():
         from tokenmdp.rewards import reward_model, step_model
 
