@@ -31,6 +31,7 @@ import torch
 from tokenmdp import stats
 from tokenmdp.functional import kl, returns
 from tokenmdp.lab import report
+from tokenmdp.ledger import Ledger
 from tokenmdp.models import catalog
 from tokenmdp.models.heads import Critic
 from tokenmdp.models.parts import in_parts
@@ -160,8 +161,10 @@ class Demo:
 
         def work(stage: Run) -> dict[str, Any]:
             chunks = [prompts[i : i + chunk] for i in range(0, count, chunk)]
-            for step in stage.steps(len(chunks), title="offline data"):
+            ledger = Ledger(labels=count)
+            for step in stage.steps(len(chunks), ledger, title="offline data"):
                 b = policy.sample(chunks[step], 2, self.sampling, stage.rng)
+                ledger.pay("labels", len(chunks[step]))
                 value = self.gold(b).value
                 for i in range(0, len(b), 2):
                     p_first = torch.sigmoid(self.size.sharpness * (value[i] - value[i + 1]))
@@ -176,10 +179,8 @@ class Demo:
                         for j in ((i, i + 1) if first else (i + 1, i))
                     ]
                     stage.append("pairs.jsonl", {"row": b.prompts[i].row, "chosen": sides[0], "rejected": sides[1]})
-                stage.log(
-                    step, {"labels_paid": float(min((step + 1) * chunk, count)), "objective/gold": float(value.mean())}
-                )
-            return {"labels_paid": count}
+                stage.log(step, {"labels_paid": float(ledger.paid["labels"]), "objective/gold": float(value.mean())})
+            return {"labels_paid": ledger.paid["labels"]}
 
         done, stage = self.timed("data", work)
         rows = [json.loads(line) for line in (stage.folder / "pairs.jsonl").read_text().splitlines()]
