@@ -441,3 +441,40 @@ def test_pass_at_k_refuses_what_has_no_answer():
             stats.pass_at_k_values([[0, 1]], k)
     with pytest.raises(ValueError, match="one prompt"):
         stats.pass_at_k([[0, 1]], 1)
+
+
+def test_a_function_of_means_has_the_interval_of_a_mean_where_it_is_one():
+    values = np.random.default_rng(0).normal(size=(30, 1))
+    found = stats.bootstrap_of_means(values, lambda means: means[:, 0], resamples=10_000)
+    plain = stats.bootstrap_mean(values[:, 0])
+    np.testing.assert_allclose(found, plain, atol=0.04)  # but for chance and the acceleration
+    assert found == stats.bootstrap_of_means(values[None], lambda means: means[:, 0], resamples=10_000)
+
+
+def test_a_ratio_of_means_is_not_the_mean_of_ratios():
+    # Two prompts, 1 mistake in 10 steps and 1 in 2: the ratio of the means is 2/12.
+    found = stats.bootstrap_of_means([[1.0, 10.0], [1.0, 2.0]], lambda means: means[:, 0] / means[:, 1])
+    assert found.mean == pytest.approx(2 / 12)
+
+
+def test_seeds_are_drawn_as_well_as_prompts():
+    rng = np.random.default_rng(3)
+    # Five seeds far apart, prompts nearly alike: the interval must be that of five numbers.
+    level = rng.normal(size=5)
+    values = level[:, None, None] + 0.01 * rng.normal(size=(5, 40, 1))
+    found = stats.bootstrap_of_means(values, lambda means: means[:, 0], resamples=5_000)
+    five = stats.bootstrap_mean(level)
+    assert np.ptp(found[1:]) == pytest.approx(np.ptp(five[1:]), rel=0.25)
+
+
+def test_functions_of_means_that_say_nothing():
+    for bad, why in (
+        (np.ones((3, 2)), "all resamples give 1"),
+        (np.ones((1, 2)), "one prompt and one seed"),
+        (np.ones(3), "give .prompts, columns."),
+        (np.full((3, 2), np.nan), "NaN or infinite"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            stats.bootstrap_of_means(bad, lambda means: means[:, 0])
+    with pytest.raises(ValueError, match="finite for 0 of 100"):
+        stats.bootstrap_of_means(np.eye(3), lambda means: means[:, 0] * np.nan, resamples=100)

@@ -177,3 +177,45 @@ def test_a_row_that_is_none_says_why(read: Any, row: dict[str, Any], words: str)
     with pytest.raises(ValueError, match="row 5") as caught:
         read(row, 5)
     assert words in str(caught.value)
+
+
+def test_rewardbench_rows_are_comparisons_with_their_subset() -> None:
+    row = {"prompt": "q", "chosen": "a", "rejected": "b", "chosen_model": "m", "rejected_model": "n", "subset": "s"}
+    [found] = formats.comparisons(row, 0)
+    assert (found.prompt, found.chosen, found.rejected) == ("q", "a", "b")
+    assert found.columns == {"chosen_model": "m", "rejected_model": "n", "subset": "s"}
+
+
+def test_lists_of_texts_are_compared_each_with_each() -> None:
+    row = {"prompt": "q", "chosen": ["a", "b"], "rejected": ["c", "d", "e"], "subset": "ties"}
+    found = formats.comparisons(row, 3)
+    assert [(f.chosen, f.rejected) for f in found] == [(x, y) for x in "ab" for y in "cde"]
+    assert all(f.columns == {"subset": "ties"} for f in found)
+    # A list of messages is one answer.
+    [one] = formats.comparisons({"prompt": [ASK], "chosen": [REPLY], "rejected": [WRONG]}, 0)
+    assert one == Preference([ASK], [REPLY], [WRONG], 0.0, {})
+    with pytest.raises(ValueError, match="row 4: rejected is an empty list"):
+        formats.comparisons({"prompt": "q", "chosen": "a", "rejected": []}, 4)
+    with pytest.raises(ValueError, match="row 2 has prompt; a comparison needs"):
+        formats.comparisons({"prompt": "q"}, 2)
+
+
+def test_a_text_is_put_to_a_chat_model_as_a_users_message() -> None:
+    found = formats.chat(Preference("2+2?", "4", "5", 0.5, {"id": 1}))
+    assert found == Preference([ASK], [REPLY], [WRONG], 0.5, {"id": 1})
+    assert formats.chat(found) == found
+    transcript = Preference("\n\nHuman: a\n\nAssistant:", " b", " c", 0.0, {})
+    assert formats.chat(transcript) == transcript
+
+
+@pytest.mark.parametrize(
+    ("content", "want"),
+    [
+        ("\n\nHuman: How  Much?\n\nAssistant: none\n\nHuman: why\n\nAssistant:", "how much?"),
+        ([{"role": "system", "content": "be good"}, {"role": "user", "content": "Hi\nyou"}, REPLY, ASK], "hi you"),
+        ([{"role": "assistant", "content": "Hello"}], "hello"),
+        ("The film  was", "the film was"),
+    ],
+)
+def test_the_first_turn_of_a_conversation(content: formats.Content, want: str) -> None:
+    assert formats.first_turn(content) == want

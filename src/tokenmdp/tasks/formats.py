@@ -3,6 +3,7 @@
     demonstrations    text | messages | prompt, completion | question, answer
     prompts           prompt | question | query | messages | chosen, rejected
     preferences       prompt, chosen, rejected | chosen, rejected           (two chats, or two hh-rlhf transcripts)
+    comparisons       the same, with lists of texts in chosen or rejected   (RewardBench: each chosen one beats each rejected)
     labelled          prompt, completion, label
     logged            prompt, completion, reward
     stepwise          prompt, completions, labels                           (a label a step)
@@ -10,7 +11,8 @@
 A prompt, a completion, chosen and rejected are strings or lists of chat messages `{"role": ..., "content": ...}`. A
 column that is null counts as absent. Nothing here knows a tokenizer: see `data` for that.
 
-Source: the formats of TRL's documentation ("Dataset formats and types"), of Anthropic's hh-rlhf and of GSM8K.
+Source: the formats of TRL's documentation ("Dataset formats and types"), of Anthropic's hh-rlhf, of GSM8K and of
+RewardBench (Lambert et al. 2024; its second version has several completions a row, Malik et al. 2025).
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ Message = dict[str, str]
 Content = str | list[Message]
 
 TURN = "\n\nAssistant:"  # what opens a reply in an hh-rlhf transcript
+ASKED = "\n\nHuman:"  # what opens a human's turn there
 _TRUE, _FALSE = {"true", "1", "1.0", "yes"}, {"false", "0", "0.0", "no"}
 
 
@@ -150,6 +153,55 @@ def preference(row: Mapping[str, Any], index: int) -> Preference:
             f"row {index}: chosen is {_kind(chosen)}, rejected is {_kind(rejected)}; both must be of one kind"
         )
     return Preference(asked, chosen, rejected, _margin(row, index), _rest(row, "prompt", "chosen", "rejected"))
+
+
+def comparisons(row: Mapping[str, Any], index: int) -> list[Preference]:
+    """A row as one preference or several: where `chosen` or `rejected` lists texts, each chosen one was preferred to each
+    rejected one. The row's other columns (`subset`, `chosen_model`, ...) go with each of them.
+
+    Raises:
+        ValueError: as `preference`; or an empty list of texts.
+    """
+    if not _has(row, "chosen", "rejected"):
+        raise _missing(row, index, "a comparison", "prompt, chosen, rejected | chosen, rejected")
+    return [
+        preference({**row, "chosen": chosen, "rejected": rejected}, index)
+        for chosen in _answers(row, "chosen", index)
+        for rejected in _answers(row, "rejected", index)
+    ]
+
+
+def _answers(row: Mapping[str, Any], column: str, index: int) -> list[Any]:
+    """The answers of a column: a list of texts is several, anything else is one."""
+    value = row[column]
+    if isinstance(value, list) and not value:
+        raise ValueError(f"row {index}: {column} is an empty list; it must hold at least one text or chat message")
+    return value if isinstance(value, list) and all(isinstance(answer, str) for answer in value) else [value]
+
+
+def chat(found: Preference) -> Preference:
+    """A preference between texts as one between an assistant's replies to a user's message.
+
+    Chats stay as they are, and so do hh-rlhf transcripts, whose text has its own turns.
+    """
+    if isinstance(found.prompt, list) or found.prompt.endswith(TURN):
+        return found
+    asked = [{"role": "user", "content": found.prompt}]
+    chosen, rejected = ([{"role": "assistant", "content": str(side)}] for side in (found.chosen, found.rejected))
+    return Preference(asked, chosen, rejected, found.margin, found.columns)
+
+
+def first_turn(content: Content) -> str:
+    """What a conversation begins with: its first message by a user, or a transcript's first human turn; of plain text all.
+
+    Space is made single and case folded, so that two conversations that begin alike have the same. Group a split by it:
+    the same opening with different replies is the same question asked again.
+    """
+    if isinstance(content, list):
+        said = next((m["content"] for m in content if m["role"] == "user"), content[0]["content"])
+    else:
+        said = content.partition(TURN)[0].partition(ASKED)[2] if ASKED in content else content
+    return " ".join(said.split()).casefold()
 
 
 def labelled(row: Mapping[str, Any], index: int) -> Demonstration:
