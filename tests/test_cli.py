@@ -93,14 +93,16 @@ def test_a_verb_is_a_file_with_config_and_main(tmp_path: Path) -> None:
         "recipes/helper.py": "class Config: ...\n",
         "recipes/__init__.py": "",
         "lab/demo.py": "raise SystemExit('imported')\nclass Config: ...\ndef main(cfg, run): ...\n",
+        "lab/prompts/fit.py": '"""Fit. More."""\nclass Config: ...\ndef main(cfg, run): ...\n',
         "learner.py": "class Config: ...\ndef main(cfg, run): ...\n",
     }.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     found = cli.find_verbs(tmp_path, "toys")
     assert {name: (verb.help, verb.module) for name, verb in found.items()} == {
         "reward-model": ("Fit a reward, for toys", "toys.recipes.reward_model"),
         "demo": ("", "toys.lab.demo"),
+        "prompts fit": ("Fit", "toys.lab.prompts.fit"),
     }
 
 

@@ -1,8 +1,9 @@
 """The command line: `tokenmdp VERB [--config x.yaml] [--field value ...]`.
 
 A verb is a file. Every file in recipes/ and lab/ that has a `Config` and a `main(cfg, run)` is one, by its own name
-(reward_model.py is `reward-model`), and the first sentence of its docstring is its help; `tokenmdp run FILE.py` makes a
-verb of a file of the user's. Its flags are the fields of its `Config`, then those of every run (`config.Options`).
+(reward_model.py is `reward-model`), and the first sentence of its docstring is its help; one in a folder of lab/ is a
+verb of two words (prompts/collect.py is `prompts collect`). `tokenmdp run FILE.py` makes a verb of a file of the user's.
+Its flags are the fields of its `Config`, then those of every run (`config.Options`).
 
 One file may be several verbs: `VARIANTS = {"rloo": {"baseline": "leave_one_out"}}` in reinforce.py makes `rloo` the verb
 `reinforce` with that setting as its default. Methods that differ by a setting are told apart by it, not by a copy.
@@ -93,10 +94,15 @@ def _literal(tree: ast.Module, name: str) -> dict[str, dict[str, Any]]:
 
 
 def find_verbs(home: Path = HOME, package: str = "tokenmdp") -> dict[str, Verb]:
-    """The verbs of a package, by name: its files in recipes/ with their variants, then those in lab/."""
-    files = [(layer, file) for layer in ("recipes", "lab") for file in sorted((home / layer).glob("*.py"))]
-    found = [verb for layer, file in files for verb in read_verbs(file, f"{package}.{layer}.{file.stem}")]
-    return {verb.name: verb for verb in found}
+    """The verbs of a package, by name: its files in recipes/ with their variants, then those in lab/ and its folders."""
+    found: dict[str, Verb] = {}
+    for pattern in ("recipes/*.py", "lab/*.py", "lab/*/*.py"):
+        for file in sorted(home.glob(pattern)):
+            folder = file.parent.relative_to(home).parts
+            group = f"{folder[1].replace('_', '-')} " if len(folder) > 1 else ""
+            for verb in read_verbs(file, ".".join((package, *folder, file.stem))):
+                found[group + verb.name] = replace(verb, name=group + verb.name)
+    return found
 
 
 def user_verb(file: Path) -> Verb:
@@ -138,7 +144,7 @@ def execute(verb: Verb, argv: Sequence[str]) -> int:
     if options.threads > 0:
         torch.set_num_threads(options.threads)
     with contextlib.ExitStack() as stack:
-        folder = options.out or Path("runs") / verb.name
+        folder = options.out or Path("runs") / verb.name.replace(" ", "-")
         # A verb with SCRATCH = True is a tool, not an experiment: it leaves no folder behind unless one is asked for.
         scratch = bool(getattr(module, "SCRATCH", False)) and options.out is None
         if scratch:
@@ -230,7 +236,12 @@ def dispatch(argv: Sequence[str]) -> int:
             )
             return 0 if rest and rest[0] in ("-h", "--help") else 2
         return execute(user_verb(Path(rest[0])), rest[1:])
+    if rest and f"{name} {rest[0]}" in verbs:
+        name, rest = f"{name} {rest[0]}", rest[1:]
     if name not in verbs:
+        group = [verb for verb in verbs if verb.startswith(f"{name} ")]
+        if group:
+            raise ValueError(f"`tokenmdp {name}` is followed by one of: {', '.join(verb.split()[1] for verb in group)}")
         hint = f"; did you mean `tokenmdp run {name}`?" if name.endswith(".py") else ""
         raise ValueError(f"unknown verb {name!r}{hint or config.did_you_mean(name, [*verbs, *BUILT_IN])}")
     return execute(verbs[name], rest)

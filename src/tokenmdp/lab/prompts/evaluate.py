@@ -1,0 +1,132 @@
+"""How well Υ predicts a log's trials, and whether choosing prompts by it pays: every question held out once.
+
+1. leaks       which queries repeat others; they stay on one side of every split
+2. prediction  each proxy's accuracy, precision, AUC pooled and within prompts, calibration, beside the retest ceiling
+3. choice      reward of random, best constant (of the training part), each proxy's pick, the pick that abstains, and
+               the oracle, paired by query, with intervals that resample questions
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from tokenmdp.prompting import choose, judged, leaks, proxy
+from tokenmdp.prompting import log as logs
+from tokenmdp.prompting.features import Features
+from tokenmdp.run import Run
+
+
+@dataclass(frozen=True)
+class Config:
+    log: str = "trials.jsonl"  # the log: query, prompt_id, reward and more; a file or a hub id
+    prompts: str = ""  # a file of prompt_id and prompt, for logs that only name prompts
+    only: str = ""  # prompt ids with commas between; empty for all
+    proxies: str = "constant,neighbours,logistic,boosted"  # what to compare, with commas between
+    choice: str = "boosted"  # the proxy whose pick abstains
+    folds: int = 5  # of the questions; each is held out once
+    inner: int = 4  # folds within, to measure the gain that abstaining goes by
+    components: int = 64  # singular vectors kept of the queries' words
+    published: bool = False  # split as the log's own `split` column says, not by question
+    allow_leak: bool = False  # go on although held-out queries repeat others
+
+
+def main(cfg: Config, run: Run) -> dict[str, Any]:
+    """Read the log, judge the proxies and the choices, print the table."""
+    log = logs.read(cfg.log, cfg.prompts or None)
+    if cfg.only:
+        log = chosen(log, cfg.only)
+    found = evaluate(cfg, log, run)
+    (run.folder / "summary.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    for table in tables(found):
+        Console(width=120).print(table)
+    return {"verdict": found["verdict"], "trials": found["facts"]["trials"], "queries": found["facts"]["queries"]}
+
+
+def chosen(log: logs.Log, only: str) -> logs.Log:
+    """The trials of the prompts named.
+
+    Raises:
+        ValueError: the log has no such prompt.
+    """
+    names = [name.strip() for name in only.split(",") if name.strip()]
+    unknown = [name for name in names if name not in log.prompt_ids]
+    if unknown:
+        raise ValueError(f"the log has no prompt {unknown[0]!r}; it has {', '.join(log.prompt_ids)}")
+    return log.of_prompts([log.prompt_ids.index(name) for name in names]).compact()
+
+
+def evaluate(cfg: Config, log: logs.Log, run: Run) -> dict[str, Any]:
+    """The figures of a log."""
+    makers = {name: proxy.named(name, lambda: Features(components=cfg.components), run.seed) for name in names_of(cfg)}
+    repeated = 1 - len(np.unique(leaks.groups(log.queries))) / len(log.queries)
+    run.note(
+        f"{len(log)} trials of {len(log.prompts)} prompts on {len(log.queries)} queries; {repeated:.1%} repeat another's question"
+    )
+    if cfg.published:
+        values, constant, shown = published(cfg, log, makers)
+    else:
+        values, constant = judged.held_out(log, makers, cfg.folds, run.seed)
+        shown = log
+    picks = {name: choose.best(value) for name, value in values.items() if name != "constant"}
+    picks[f"{cfg.choice}, abstaining"] = judged.abstaining(
+        log, shown, values[cfg.choice], constant, cfg.inner, run.seed
+    )
+    earned = judged.choices(shown, picks, constant, run.seed)
+    return {
+        "verdict": judged.in_words(earned, cfg.choice),
+        "facts": {**log.facts, "trials": len(log), "queries": len(log.queries), "prompts": len(log.prompts)},
+        "repeated_questions": repeated,
+        "prediction": {name: judged.prediction(shown, value) for name, value in values.items()},
+        "choices": earned,
+    }
+
+
+def names_of(cfg: Config) -> list[str]:
+    """The proxies to compare; the one whose pick abstains is among them."""
+    return list(dict.fromkeys([name.strip() for name in cfg.proxies.split(",") if name.strip()] + [cfg.choice]))
+
+
+def published(cfg: Config, log: logs.Log, makers: dict[str, Any]) -> tuple[dict[str, Any], Any, logs.Log]:
+    """As the log's own column splits its trials, if no question is on both sides.
+
+    Raises:
+        Leak: some are, and `allow_leak` is not set.
+        ValueError: the log names no train or no test.
+    """
+    learned, held = log.of_part("train"), log.of_part("test")
+    leaks.check(log, learned.tried(), held.tried(), cfg.allow_leak)
+    at = held.tried()
+    values = {}
+    for name, make in makers.items():
+        values[name] = np.full((len(log.queries), len(log.prompts)), np.nan)
+        values[name][at] = make().fit(learned).predict([log.queries[i] for i in at], log.prompts)
+    return values, np.full(len(log.queries), choose.best_constant(learned)), held
+
+
+def tables(found: dict[str, Any]) -> list[Table]:
+    """The figures for a terminal."""
+
+    def number(value: float | None) -> str:
+        return "–" if value is None else f"{value:.3f}"
+
+    def span(x: dict[str, float]) -> str:
+        return f"{x['mean']:.3f} [{x['low']:.3f}, {x['high']:.3f}]"
+
+    first = Table(title=found["verdict"], title_justify="left")
+    for name in ("choice", "reward [95 %]", "over the best constant", "queries"):
+        first.add_column(name, justify="left" if name == "choice" else "right")
+    for name, row in found["choices"].items():
+        first.add_row(name, span(row["reward"]), span(row["over_constant"]), str(row["queries"]))
+    second = Table(title="what Υ says of held-out trials", title_justify="left")
+    kinds = ("accuracy", "precision", "auc", "auc_within_prompt", "ece", "retest")
+    for name in ("proxy", *kinds):
+        second.add_column(name.replace("_", " "), justify="left" if name == "proxy" else "right")
+    for name, row in found["prediction"].items():
+        second.add_row(name, *(number(row[kind]) for kind in kinds))
+    return [first, second]

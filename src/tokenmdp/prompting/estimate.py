@@ -1,0 +1,153 @@
+"""What a prompt policy is worth, from a log of what another policy chose.
+
+    direct   1/N Σ_i Σ_a π(a | q_i) Υ(q_i, a)
+    IPS      1/N Σ_i w_i r_i,                                w_i = π(a_i | q_i) / μ(a_i | q_i)
+    SNIPS    Σ_i w_i r_i / Σ_i w_i
+    DR       1/N Σ_i [ Σ_a π(a | q_i) Υ(q_i, a) + w_i ( r_i − Υ(q_i, a_i) ) ]
+
+N logged trials, μ the logging policy. `direct` is as right as Υ; IPS is unbiased if μ is known and positive wherever π is,
+with a variance that grows with w²; SNIPS trades a bias of order 1/N for less of it; DR is unbiased if either μ or Υ is right.
+
+Source: Horvitz & Thompson 1952 (IPS); Swaminathan & Joachims 2015 (SNIPS); Dudík, Langford & Li 2011, eq. 1 (DR).
+Differs: intervals resample groups of trials (all of one question), since trials of one question are not independent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenmdp.prompting.log import Log
+from tokenmdp.stats import Interval
+
+ESTIMATORS = ("direct", "ips", "snips", "dr")
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Whether the log says anything about the policy.
+
+    Attributes:
+        effective: (Σ w)² / Σ w², the number of trials the weights are worth.
+        largest: the largest weight's share of their sum.
+        uncovered: 1 − mean w, at least 0: in expectation the probability that π gives to prompts to which μ gives none.
+    """
+
+    trials: int
+    effective: float
+    largest: float
+    uncovered: float
+
+
+def weights(
+    log: Log, policy: NDArray[np.float64], propensity: NDArray[np.float64] | None = None
+) -> NDArray[np.float64]:
+    """[N] w_i = π(a_i | q_i) / μ(a_i | q_i).
+
+    Args:
+        policy: [Q, P] π; each row sums to 1.
+        propensity: [N] μ of what was tried; None takes the log's own.
+
+    Raises:
+        ValueError: the shape is another, a row of π is no distribution, or the log holds no propensities.
+    """
+    shape = (len(log.queries), len(log.prompts))
+    if policy.shape != shape:
+        raise ValueError(f"the policy has shape {policy.shape}, the log {shape[0]} queries and {shape[1]} prompts")
+    rows = policy[np.unique(log.query)]
+    if (rows < 0).any() or not np.allclose(rows.sum(1), 1.0, atol=1e-6):
+        raise ValueError("each row of a policy is a distribution over prompts: not negative, with sum 1")
+    known = log.propensity if propensity is None else propensity
+    if known is None:
+        raise ValueError(
+            "the log holds no propensities: give those of the policy that chose the prompts (1/P each where all were "
+            "tried, or drawn uniformly), or use the direct estimate"
+        )
+    return policy[log.query, log.prompt] / known
+
+
+def terms(
+    name: str, log: Log, policy: NDArray[np.float64], value: NDArray[np.float64] | None, w: NDArray[np.float64] | None
+) -> NDArray[np.float64]:
+    """[N] what each trial adds to the estimate's mean (for `snips` before it is divided by the mean weight)."""
+    if name in ("direct", "dr") and value is None:
+        raise ValueError(f"{name} needs Υ, [Q, P] predicted rewards")
+    if name != "direct" and w is None:
+        raise ValueError(f"{name} needs weights")
+    expected = np.zeros(len(log)) if value is None else (policy * value).sum(1)[log.query]
+    if name == "direct":
+        return expected
+    assert w is not None
+    if name in ("ips", "snips"):
+        return w * log.reward
+    if name == "dr":
+        assert value is not None
+        return expected + w * (log.reward - value[log.query, log.prompt])
+    raise ValueError(f"there is no estimator {name!r}: it is one of {', '.join(ESTIMATORS)}")
+
+
+def estimate(
+    name: str,
+    log: Log,
+    policy: NDArray[np.float64],
+    value: NDArray[np.float64] | None = None,
+    propensity: NDArray[np.float64] | None = None,
+    groups: NDArray[np.int64] | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """The worth of a policy with its 95 % interval.
+
+    Args:
+        name: direct, ips, snips or dr.
+        policy: [Q, P] π.
+        value: [Q, P] Υ, learned from other trials than these: on its own training trials it would flatter itself.
+        propensity: [N] μ of what was tried; None takes the log's own.
+        groups: [Q] which queries are one question (`leaks.groups`); None takes each for itself.
+
+    Raises:
+        ValueError: what an estimator needs is missing, or fewer than two questions.
+    """
+    w = None if name == "direct" else weights(log, policy, propensity)
+    parts = terms(name, log, policy, value, w)
+    divisor = w if name == "snips" and w is not None else np.ones(len(log))
+    which = (np.arange(len(log.queries)) if groups is None else groups)[log.query]
+    _, which = np.unique(which, return_inverse=True)
+    top, bottom = np.bincount(which, parts), np.bincount(which, divisor)
+    if len(top) < 2:
+        raise ValueError(f"{len(top)} question in the log: an interval over questions needs at least two")
+    return _ratio(top, bottom, resamples, seed)
+
+
+def _ratio(top: NDArray[np.float64], bottom: NDArray[np.float64], resamples: int, seed: int) -> Interval:
+    """Σ top / Σ bottom with a percentile bootstrap interval over its parts."""
+    rng = np.random.default_rng(seed)
+    even = np.full(len(top), 1 / len(top))
+    found = np.full(resamples, np.nan)
+    for i in range(resamples):  # one at a time: a million questions are eight megabytes a resample
+        counts = rng.multinomial(len(top), even)
+        below = counts @ bottom
+        found[i] = counts @ top / below if below else np.nan
+    total = bottom.sum()
+    if not total or np.isnan(found).all():
+        raise ValueError("all weights are 0: the log never tried what the policy chooses, so it says nothing about it")
+    low, high = np.nanquantile(found, [0.025, 0.975])
+    return Interval(float(top.sum() / total), float(low), float(high))
+
+
+def overlap(w: NDArray[np.float64]) -> Overlap:
+    """What the weights say about how far the log speaks of the policy."""
+    total, squares = float(w.sum()), float((w**2).sum())
+    return Overlap(
+        trials=len(w),
+        effective=total**2 / squares if squares else 0.0,
+        largest=float(w.max()) / total if total else 0.0,
+        uncovered=max(0.0, 1.0 - float(w.mean())),
+    )
+
+
+def greedy(choice: NDArray[np.int64], prompts: int) -> NDArray[np.float64]:
+    """[Q, P] the policy that takes `choice`, [Q], every time."""
+    return np.eye(prompts)[choice]

@@ -1,0 +1,129 @@
+"""Queries and prompts as numbers: each text once, crossed only when a model asks for trials.
+
+    tfidf      singular vectors of TF-IDF counts of words and pairs of words
+    surface    lengths, how many numbers there are and how large, words that name operations
+    embedding  a sentence model's (see `models.embedding`): what texts mean, at 10 ms a text
+
+What is learned from texts (counts, directions, scales) is learned from the texts given to `fit` and no others.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.decomposition import TruncatedSVD
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.preprocessing import StandardScaler
+
+Embed = Callable[[Sequence[str]], NDArray[np.float32]]
+"""[N, D] of N texts; cached by whoever gives it."""
+
+KINDS = ("tfidf", "surface", "embedding")
+WORDS = (
+    "each", "every", "per", "total", "altogether", "left", "remain", "more", "less", "fewer", "than", "times", "twice", "half",
+    "percent", "%", "$", "average", "difference", "if", "then", "first", "step", "after", "before", "how many", "how much",
+)  # fmt: skip
+_NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
+
+
+def surface(text: str) -> list[float]:
+    """Counts and sizes: characters, words, sentences, numbers, the largest of them, fractions, and the words above."""
+    lower = text.lower()
+    numbers = [float(n.replace(",", "")) for n in _NUMBER.findall(text)]
+    return [
+        math.log1p(len(text)),
+        math.log1p(len(text.split())),
+        float(len(re.findall(r"[.!?](?:\s|$)", text))),
+        float(len(numbers)),
+        math.log1p(min(max(numbers, default=0.0), 1e12)),
+        float(sum(n != int(n) for n in numbers if n < 1e15)),
+        float(len(re.findall(r"\d\s*/\s*\d", text))),
+        *(float(lower.count(word)) for word in WORDS),
+    ]
+
+
+class Features:
+    """Texts to [N, D] float32.
+
+    Args:
+        kinds: which of `KINDS`, in order.
+        components: singular vectors kept of the TF-IDF counts, and of embeddings where they are wider.
+        embed: needed for `embedding`.
+        seed: of the decomposition's random start.
+
+    Attributes:
+        width: D, after `fit`.
+    """
+
+    def __init__(
+        self,
+        kinds: Sequence[str] = ("tfidf", "surface"),
+        components: int = 64,
+        embed: Embed | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.kinds, self.components, self.embed, self.seed = tuple(kinds), components, embed, seed
+
+    def fit(self, texts: Sequence[str]) -> Features:
+        """Learn counts, directions and scales.
+
+        Raises:
+            ValueError: an unknown kind, `embedding` without `embed`, or no texts.
+        """
+        wrong = [kind for kind in self.kinds if kind not in KINDS]
+        if wrong or not self.kinds:
+            raise ValueError(f"kinds is {self.kinds}; it must hold one or more of {', '.join(KINDS)}")
+        if "embedding" in self.kinds and self.embed is None:
+            raise ValueError("kinds has `embedding`, so `embed` must be given: a function of texts to [N, D] numbers")
+        if not texts:
+            raise ValueError("no texts to learn features from")
+        if "tfidf" in self.kinds:
+            self.counts = TfidfVectorizer(
+                ngram_range=(1, 2),
+                min_df=2 if len(texts) > 50 else 1,
+                sublinear_tf=True,
+                max_features=1 << 15,
+                token_pattern=r"\S+",
+            )
+            self.reduce = _reducer(self.counts.fit_transform(texts), self.components, self.seed)
+        if "embedding" in self.kinds and self.embed is not None:
+            found = self.embed(texts)
+            self.embedded = _reducer(found, self.components, self.seed) if found.shape[1] > self.components else None
+        self.scale = StandardScaler().fit(self._raw(texts))
+        self.width = int(self.scale.n_features_in_)
+        return self
+
+    def transform(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """[N, D]; of texts never seen, too."""
+        if not len(texts):
+            return np.zeros((0, self.width), dtype=np.float32)
+        return np.asarray(self.scale.transform(self._raw(texts)), dtype=np.float32)
+
+    def _raw(self, texts: Sequence[str]) -> NDArray[np.float64]:
+        parts = []
+        for kind in self.kinds:
+            if kind == "tfidf":
+                parts.append(_reduced(self.counts.transform(texts), self.reduce))
+            elif kind == "surface":
+                parts.append(np.asarray([surface(text) for text in texts]))
+            elif self.embed is not None:
+                parts.append(_reduced(self.embed(texts), self.embedded))
+        return np.concatenate(parts, axis=1)
+
+
+def _reducer(matrix: object, components: int, seed: int) -> TruncatedSVD | None:
+    """Singular vectors of a matrix [N, W]; none where it is too small to have as many."""
+    size = min(matrix.shape)  # type: ignore[attr-defined]
+    count = min(components, size - 1)
+    return TruncatedSVD(count, random_state=seed).fit(matrix) if count >= 1 else None
+
+
+def _reduced(matrix: object, by: TruncatedSVD | None) -> NDArray[np.float64]:
+    if by is not None:
+        return np.asarray(by.transform(matrix), dtype=np.float64)
+    dense = matrix.toarray() if hasattr(matrix, "toarray") else matrix
+    return np.asarray(dense, dtype=np.float64)

@@ -1,0 +1,156 @@
+"""Proxies and choices judged on held-out trials: how well Υ predicts, and what choosing by it earns.
+
+within-prompt AUC   Σ_a n⁺_a n⁻_a AUC_a / Σ_a n⁺_a n⁻_a:  of two queries with one prompt, is the one that went well ranked
+                    higher? A proxy that only knows which prompts are good has 1/2 here, however good its pooled AUC.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats as scipy_stats
+
+from tokenmdp import stats
+from tokenmdp.prompting import choose, leaks, proxy, splits
+from tokenmdp.prompting.log import Log, retest
+from tokenmdp.prompting.proxy import Proxy
+
+CONSTANT = "best constant (train)"
+
+
+def auc(score: NDArray[np.float64], right: NDArray[np.bool_]) -> float | None:
+    """The chance that a success scores above a failure, ties half; None without both."""
+    good, bad = int(right.sum()), int((~right).sum())
+    if not good or not bad:
+        return None
+    ranks = scipy_stats.rankdata(score)
+    return float((ranks[right].sum() - good * (good + 1) / 2) / (good * bad))
+
+
+def within_prompt_auc(log: Log, score: NDArray[np.float64]) -> float | None:
+    """AUC between trials of one prompt, prompts weighted by their pairs of a success and a failure."""
+    total, pairs = 0.0, 0
+    for prompt in np.unique(log.prompt):
+        at = log.prompt == prompt
+        right = log.reward[at] > 0.5
+        found = auc(score[at], right)
+        if found is not None:
+            count = int(right.sum()) * int((~right).sum())
+            total, pairs = total + found * count, pairs + count
+    return total / pairs if pairs else None
+
+
+def prediction(log: Log, value: NDArray[np.float64]) -> dict[str, Any]:
+    """How well Υ says what held-out trials came to.
+
+    Args:
+        value: [Q, P] Υ.
+
+    Returns:
+        accuracy and precision at 1/2, AUC pooled and within prompts, calibration error, the retest ceiling of accuracy.
+    """
+    score, right = value[log.query, log.prompt], log.reward > 0.5
+    says = score > 0.5
+    error, table = stats.calibration(score, right, bins=10)
+    return {
+        "trials": len(log),
+        "base_rate": float(right.mean()),
+        "accuracy": float((says == right).mean()),
+        "precision": float(right[says].mean()) if says.any() else None,
+        "auc": auc(score, right),
+        "auc_within_prompt": within_prompt_auc(log, score),
+        "ece": error,
+        "calibration": table,
+        "retest": retest(log),
+    }
+
+
+def held_out(
+    log: Log, makers: Mapping[str, Callable[[], Proxy]], folds: int, seed: int
+) -> tuple[dict[str, NDArray[np.float64]], NDArray[np.int64]]:
+    """Every query held out once, whole questions at a time: [Q, P] of each proxy, and [Q] the best constant prompt of
+    the trials it was held out of.
+    """
+    shape = (len(log.queries), len(log.prompts))
+    values = {name: np.full(shape, np.nan) for name in makers}
+    constant = np.zeros(shape[0], dtype=np.int64)
+    for name, make in makers.items():
+        for part, value in proxy.out_of_fold(log, make, folds, seed):
+            at = part.tried()
+            values[name][at] = value[at]
+    tried = log.tried()
+    for learned, held in splits.folds(leaks.groups([log.queries[i] for i in tried]), folds, seed):
+        constant[tried[held]] = choose.best_constant(log.of_queries(tried[learned]))
+    return values, constant
+
+
+def abstaining(
+    log: Log, shown: Log, value: NDArray[np.float64], constant: NDArray[np.int64], parts: int, seed: int
+) -> NDArray[np.int64]:
+    """[Q] the pick of held-out predictions where its gain over the constant is significant, else the constant.
+
+    The gain that a question goes by is measured on the held-out predictions of other questions, in `parts` parts.
+
+    Args:
+        log: whose numbers of queries and prompts are used.
+        shown: the held-out trials.
+    """
+    table, tried, picks = shown.matrix(), shown.tried(), choose.best(value)
+    group = leaks.groups(log.queries)
+    out = constant.copy()
+    for others, mine in splits.folds(group[tried], parts, seed):
+        at = tried[others]
+        gained = table[at, picks[at]] - table[at, constant[at]]
+        known = ~np.isnan(gained)
+        if choose.grouped_mean(gained[known], group[at][known], seed=seed).low > 0:
+            out[tried[mine]] = picks[tried[mine]]
+    return out
+
+
+def choices(
+    log: Log, chosen: Mapping[str, NDArray[np.int64]], constant: NDArray[np.int64], seed: int = 0
+) -> dict[str, dict[str, Any]]:
+    """What each way to choose earns on the held-out queries, beside the best constant prompt, chance and the oracle.
+
+    Args:
+        log: held-out trials; a choice counts on the queries where it was tried.
+        chosen: [Q] prompts by name of the chooser, in the log's numbers of queries and prompts.
+        constant: [Q] the best constant prompt of the log that each query was held out of.
+
+    Returns:
+        By name `reward` and `over_constant`, paired by query, each a mean and a 95 % interval that resamples questions.
+    """
+    table, tried = log.matrix(), log.tried()
+    table = table[tried]
+    group = leaks.groups(log.queries)[tried]
+    known = ~np.isnan(table).all(1)
+    earned = {
+        "random": np.nanmean(table, axis=1),
+        CONSTANT: table[np.arange(len(tried)), constant[tried]],
+        **{name: table[np.arange(len(tried)), picks[tried]] for name, picks in chosen.items()},
+        "oracle": np.nanmax(np.where(np.isnan(table), -np.inf, table), axis=1),
+    }
+    out: dict[str, dict[str, Any]] = {}
+    for name, reward in earned.items():
+        both = known & ~np.isnan(reward) & ~np.isnan(earned[CONSTANT])
+        difference = (reward - earned[CONSTANT])[both]
+        out[name] = {
+            "reward": choose.grouped_mean(reward[both], group[both], seed=seed)._asdict(),
+            "over_constant": choose.grouped_mean(difference, group[both], seed=seed)._asdict(),
+            "queries": int(both.sum()),
+        }
+    return out
+
+
+def in_words(found: Mapping[str, Mapping[str, Any]], name: str) -> str:
+    """The first line of a report: whether choosing by Υ pays."""
+    gain = found[name]["over_constant"]
+    span = f"{gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}] over the best constant prompt"
+    if gain["low"] > 0:
+        return f"Choosing a prompt per query pays here: {span}."
+    if gain["high"] < 0:
+        return f"Choosing a prompt per query is worse here: {span}."
+    return f"No significant gain from choosing a prompt per query: {span}."

@@ -1,0 +1,392 @@
+"""Υ(query, prompt): the reward a prompt would earn on a query, learned from a log; asked as often as one likes.
+
+    Υ = argmin Σ_i  − r_i log Υ(q_i, a_i) − (1 − r_i) log(1 − Υ(q_i, a_i)),   a classification loss: rewards are in [0, 1]
+
+Every proxy has `fit(log)` and `predict(queries, prompts) -> [Q, P]`, for queries and prompts it has not seen, too. The
+baselines are among them: the mean of each prompt, the nearest queries, a factorisation.
+
+Source: Sun, Hüyük & van der Schaar 2023 (Prompt-OIRL), section 3.2 (Υ as a classifier on embeddings of query and prompt).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.neighbors import NearestNeighbors
+
+from tokenmdp.prompting import leaks, splits
+from tokenmdp.prompting.features import Features
+from tokenmdp.prompting.log import Log
+
+TRIALS = 1 << 16  # pairs of query and prompt crossed at a time
+
+
+class Proxy(Protocol):
+    """A learned Υ."""
+
+    def fit(self, log: Log) -> Proxy: ...
+    def predict(self, queries: Sequence[str], prompts: Sequence[str]) -> NDArray[np.float64]: ...
+
+
+MakeFeatures = Callable[[], Features]
+
+
+class Constant:
+    """Each prompt's mean reward, whatever the query; of an unseen prompt the mean of all."""
+
+    def fit(self, log: Log) -> Constant:
+        """Count."""
+        self.overall = float(log.reward.mean())
+        total = np.bincount(log.prompt, log.reward, len(log.prompts))
+        count = np.bincount(log.prompt, minlength=len(log.prompts))
+        # One trial's worth of the overall mean: a prompt tried once is not believed outright.
+        self.means = dict(zip(log.prompts, (total + self.overall) / (count + 1), strict=True))
+        return self
+
+    def predict(self, queries: Sequence[str], prompts: Sequence[str]) -> NDArray[np.float64]:
+        """[Q, P]."""
+        return np.tile([self.means.get(p, self.overall) for p in prompts], (len(queries), 1))
+
+
+class Neighbours:
+    """A prompt's mean reward on the k nearest queries it was tried on, shrunk to its mean over all.
+
+    Args:
+        k: neighbours.
+        prior: trials' worth of the prompt's own mean that is mixed in.
+    """
+
+    def __init__(self, features: MakeFeatures = Features, k: int = 50, prior: float = 10.0) -> None:
+        self.features, self.k, self.prior = features, k, prior
+
+    def fit(self, log: Log) -> Neighbours:
+        """Remember."""
+        tried = log.tried()
+        self.texts = self.features().fit([log.queries[i] for i in tried])
+        self.index = NearestNeighbors().fit(self.texts.transform([log.queries[i] for i in tried]))
+        self.table = log.matrix()[tried]
+        self.names = {p: i for i, p in enumerate(log.prompts)}
+        self.constant = Constant().fit(log)
+        return self
+
+    def predict(self, queries: Sequence[str], prompts: Sequence[str]) -> NDArray[np.float64]:
+        """[Q, P]."""
+        base = self.constant.predict(queries, prompts)
+        near = self.index.kneighbors(self.texts.transform(queries), min(self.k, len(self.table)), return_distance=False)
+        out = base.copy()
+        for column, prompt in enumerate(prompts):
+            if prompt in self.names:
+                seen = self.table[near, self.names[prompt]]
+                count = (~np.isnan(seen)).sum(1)
+                out[:, column] = (np.nansum(seen, 1) + self.prior * base[:, column]) / (count + self.prior)
+        return out
+
+
+class Crossed:
+    """What the learned proxies share: features of queries and of prompts, side by side, trial by trial.
+
+    A trial is described by the query's features, the prompt's, and which of the known prompts it is.
+
+    Args:
+        features: makes the queries' features.
+        prompt_features: makes the prompts'.
+    """
+
+    def __init__(self, features: MakeFeatures = Features, prompt_features: MakeFeatures | None = None) -> None:
+        self.features = features
+        self.prompt_features = prompt_features or (lambda: Features(("tfidf", "surface"), components=8))
+
+    def learn_texts(self, log: Log) -> None:
+        """Fit both sides' features on the texts of the log's trials."""
+        self.names = {log.prompts[i]: n for n, i in enumerate(np.unique(log.prompt))}
+        self.query_side = self.features().fit([log.queries[i] for i in log.tried()])
+        self.prompt_side = self.prompt_features().fit(list(self.names))
+
+    def prompt_rows(self, prompts: Sequence[str]) -> NDArray[np.float32]:
+        """[P, D'] features of prompts and, of the known ones, a 1 in their own column."""
+        known = np.zeros((len(prompts), len(self.names)), dtype=np.float32)
+        for row, prompt in enumerate(prompts):
+            if prompt in self.names:
+                known[row, self.names[prompt]] = 1.0
+        return np.concatenate([self.prompt_side.transform(prompts), known], axis=1)
+
+    def trials(self, log: Log) -> NDArray[np.float32]:
+        """[N, D + D'] of the log's trials."""
+        tried, place = np.unique(log.query, return_inverse=True)
+        used, which = np.unique(log.prompt, return_inverse=True)
+        left = self.query_side.transform([log.queries[i] for i in tried])
+        right = self.prompt_rows([log.prompts[i] for i in used])
+        return np.concatenate([left[place], right[which]], axis=1)
+
+    def table(
+        self,
+        queries: Sequence[str],
+        prompts: Sequence[str],
+        score: Callable[[NDArray[np.float32]], NDArray[np.float64]],
+    ) -> NDArray[np.float64]:
+        """[Q, P] of `score`, which takes [n, D + D'] and gives [n]; crossed a part at a time."""
+        left, right = self.query_side.transform(queries), self.prompt_rows(prompts)
+        out = np.empty((len(queries), len(prompts)))
+        size = max(1, TRIALS // max(1, len(prompts)))
+        for start in range(0, len(queries), size):
+            part = left[start : start + size]
+            crossed = np.concatenate([np.repeat(part, len(right), 0), np.tile(right, (len(part), 1))], axis=1)
+            out[start : start + size] = score(crossed).reshape(len(part), len(right))
+        return out
+
+
+def as_classes(
+    x: NDArray[np.float32], reward: NDArray[np.float64]
+) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float64]]:
+    """Rewards between 0 and 1 as weighted classes: a trial of .3 is 0.3 of a success and 0.7 of a failure."""
+    if ((reward == 0) | (reward == 1)).all():
+        return x, reward.astype(np.int64), np.ones(len(reward))
+    twice = np.concatenate([x, x])
+    return twice, np.repeat([1, 0], len(x)), np.concatenate([reward, 1 - reward])
+
+
+class Boosted(Crossed):
+    """Gradient-boosted trees.
+
+    Args:
+        trees, rate, leaves: how many, how much each adds, and how large one is.
+        smallest: trials a leaf has at least.
+    """
+
+    def __init__(
+        self,
+        features: MakeFeatures = Features,
+        prompt_features: MakeFeatures | None = None,
+        trees: int = 150,
+        rate: float = 0.05,
+        leaves: int = 15,
+        smallest: int = 40,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(features, prompt_features)
+        self.trees, self.rate, self.leaves, self.smallest, self.seed = trees, rate, leaves, smallest, seed
+
+    def fit(self, log: Log) -> Boosted:
+        """Learn."""
+        self.learn_texts(log)
+        x, y, weight = as_classes(self.trials(log), log.reward)
+        self.model = HistGradientBoostingClassifier(
+            max_iter=self.trees,
+            learning_rate=self.rate,
+            max_leaf_nodes=self.leaves,
+            min_samples_leaf=min(self.smallest, max(1, len(log) // 20)),
+            early_stopping=False,
+            random_state=self.seed,
+        ).fit(x, y, sample_weight=weight)
+        return self
+
+    def predict(self, queries: Sequence[str], prompts: Sequence[str]) -> NDArray[np.float64]:
+        """[Q, P]."""
+        return self.table(queries, prompts, lambda x: np.asarray(self.model.predict_proba(x)[:, 1]))
+
+
+class Logistic(Crossed):
+    """A logistic regression with every known prompt's own weights on the query's features, beside shared ones.
+
+    Args:
+        strength: of the penalty on squared weights; standardised features.
+    """
+
+    def __init__(
+        self, features: MakeFeatures = Features, prompt_features: MakeFeatures | None = None, strength: float = 100.0
+    ) -> None:
+        super().__init__(features, prompt_features)
+        self.strength = strength
+
+    def _products(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """[n, ...] the features, and the query's features times each known prompt's indicator."""
+        width, known = self.query_side.width, len(self.names)
+        query, which = x[:, :width], x[:, -known:]
+        return np.concatenate([x, (which[:, :, None] * query[:, None, :]).reshape(len(x), -1)], axis=1)
+
+    def fit(self, log: Log) -> Logistic:
+        """Learn."""
+        self.learn_texts(log)
+        x, y, weight = as_classes(self.trials(log), log.reward)
+        self.model = LogisticRegression(C=1 / self.strength, max_iter=300).fit(
+            self._products(x), y, sample_weight=weight
+        )
+        return self
+
+    def predict(self, queries: Sequence[str], prompts: Sequence[str]) -> NDArray[np.float64]:
+        """[Q, P]."""
+        return self.table(queries, prompts, lambda x: np.asarray(self.model.predict_proba(self._products(x))[:, 1]))
+
+
+class TwoTower(Crossed):
+    """Two small networks, one for the query and one for the prompt; Υ = σ(u · v + a + b).
+
+    Args:
+        width: of the towers and of u and v.
+        epochs, rows, rate, decay: of AdamW.
+    """
+
+    def __init__(
+        self,
+        features: MakeFeatures = Features,
+        prompt_features: MakeFeatures | None = None,
+        width: int = 64,
+        epochs: int = 12,
+        rows: int = 512,
+        rate: float = 2e-3,
+        decay: float = 0.1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(features, prompt_features)
+        self.width, self.epochs, self.rows, self.rate, self.decay, self.seed = width, epochs, rows, rate, decay, seed
+
+    def _logit(self, x: torch.Tensor) -> torch.Tensor:
+        u, v = self.left(x[:, : self.query_side.width]), self.right(x[:, self.query_side.width :])
+        return (u[:, 1:] * v[:, 1:]).sum(1) / self.width**0.5 + u[:, 0] + v[:, 0]
+
+    def fit(self, log: Log) -> TwoTower:
+        """Learn."""
+        self.learn_texts(log)
+        x, reward = torch.from_numpy(self.trials(log)), torch.from_numpy(log.reward).float()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            self.left = _tower(self.query_side.width, self.width)
+            self.right = _tower(x.shape[1] - self.query_side.width, self.width)
+            learner = torch.optim.AdamW(
+                [*self.left.parameters(), *self.right.parameters()], self.rate, weight_decay=self.decay
+            )
+            for _ in range(self.epochs):
+                for part in torch.randperm(len(x)).split(self.rows):
+                    loss = torch.nn.functional.binary_cross_entropy_with_logits(self._logit(x[part]), reward[part])
+                    learner.zero_grad()
+                    loss.backward()
+                    learner.step()
+        return self
+
+    def predict(self, queries: Sequence[str], prompts: Sequence[str]) -> NDArray[np.float64]:
+        """[Q, P]; the towers are climbed once a text."""
+        with torch.no_grad():
+            u = self.left(torch.from_numpy(self.query_side.transform(queries)))
+            v = self.right(torch.from_numpy(self.prompt_rows(prompts)))
+            logit = u[:, 1:] @ v[:, 1:].T / self.width**0.5 + u[:, :1] + v[:, :1].T
+            return torch.sigmoid(logit).double().numpy()
+
+
+def _tower(inputs: int, width: int) -> torch.nn.Sequential:
+    return torch.nn.Sequential(torch.nn.Linear(inputs, width), torch.nn.GELU(), torch.nn.Linear(width, width + 1))
+
+
+class Factorised:
+    """Rewards as prompt means plus a low-rank table, whose query side is regressed on the query's features.
+
+        r(q, a) ≈ μ_a + u_q · v_a,    u_q = W f(q) for a query never seen
+
+    Args:
+        rank: of the table.
+        penalty: on squared weights of W.
+    """
+
+    def __init__(self, features: MakeFeatures = Features, rank: int = 2, penalty: float = 100.0) -> None:
+        self.features, self.rank, self.penalty = features, rank, penalty
+
+    def fit(self, log: Log) -> Factorised:
+        """Learn."""
+        tried = log.tried()
+        self.constant = Constant().fit(log)
+        self.names = {p: i for i, p in enumerate(log.prompts)}
+        table = log.matrix()[tried] - self.constant.predict([""], log.prompts)
+        filled = np.where(np.isnan(table), 0.0, table)
+        left, size, self.right = np.linalg.svd(filled, full_matrices=False)
+        self.right = self.right[: self.rank]
+        self.texts = self.features().fit([log.queries[i] for i in tried])
+        inputs = self.texts.transform([log.queries[i] for i in tried])
+        self.side = Ridge(self.penalty).fit(inputs, left[:, : self.rank] * size[: self.rank])
+        return self
+
+    def predict(self, queries: Sequence[str], prompts: Sequence[str]) -> NDArray[np.float64]:
+        """[Q, P]."""
+        out = self.constant.predict(queries, prompts)
+        moved = np.asarray(self.side.predict(self.texts.transform(queries))).reshape(len(queries), -1) @ self.right
+        for column, prompt in enumerate(prompts):
+            if prompt in self.names:
+                out[:, column] += moved[:, self.names[prompt]]
+        return np.clip(out, 0.0, 1.0)
+
+
+class Calibrated:
+    """A proxy whose probabilities are put right on predictions it made of queries it had not seen.
+
+        Υ' = σ( a · logit Υ + b ),   a and b fitted on out-of-fold predictions (Platt 1999)
+
+    Args:
+        make: makes the proxy that is calibrated.
+        folds: of the log's questions.
+    """
+
+    def __init__(self, make: Callable[[], Proxy] = Boosted, folds: int = 4, seed: int = 0) -> None:
+        self.make, self.folds, self.seed = make, folds, seed
+
+    def fit(self, log: Log) -> Calibrated:
+        """Learn on parts, calibrate on the rest, learn on all."""
+        seen, given = [], []
+        for part, value in out_of_fold(log, self.make, self.folds, self.seed):
+            seen.append(_logit(value[part.query, part.prompt]))
+            given.append(part.reward)
+        x, y, weight = as_classes(np.concatenate(seen)[:, None].astype(np.float32), np.concatenate(given))
+        self.scale, self.shift = 1.0, 0.0
+        if len(np.unique(y)) == 2:
+            line = LogisticRegression(C=1e6).fit(x, y, sample_weight=weight)
+            # A slope below 0 would turn the order round because of noise: then nothing is known but the mean.
+            self.scale, self.shift = max(float(line.coef_[0, 0]), 0.0), float(line.intercept_[0])
+        self.proxy = self.make().fit(log)
+        return self
+
+    def predict(self, queries: Sequence[str], prompts: Sequence[str]) -> NDArray[np.float64]:
+        """[Q, P]."""
+        found = self.scale * _logit(self.proxy.predict(queries, prompts)) + self.shift
+        return np.asarray(1 / (1 + np.exp(-found)))
+
+
+def out_of_fold(
+    log: Log, make: Callable[[], Proxy], count: int, seed: int
+) -> Iterator[tuple[Log, NDArray[np.float64]]]:
+    """For each fold of the log's questions its trials, and [Q, P] predictions of a proxy that did not see them.
+
+    Rows of queries outside the fold are NaN.
+    """
+    tried = log.tried()
+    for learned, held in splits.folds(leaks.groups([log.queries[i] for i in tried]), count, seed):
+        value = np.full((len(log.queries), len(log.prompts)), np.nan)
+        at = tried[held]
+        value[at] = make().fit(log.of_queries(tried[learned])).predict([log.queries[i] for i in at], log.prompts)
+        yield log.of_queries(at), value
+
+
+def _logit(p: NDArray[np.float64]) -> NDArray[np.float64]:
+    inside = np.clip(p, 1e-4, 1 - 1e-4)
+    return np.asarray(np.log(inside / (1 - inside)))
+
+
+def named(name: str, features: MakeFeatures = Features, seed: int = 0) -> Callable[[], Proxy]:
+    """What makes the proxy of a name.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    known: dict[str, Callable[[], Proxy]] = {
+        "constant": Constant,
+        "neighbours": lambda: Neighbours(features),
+        "logistic": lambda: Logistic(features),
+        "boosted": lambda: Boosted(features, seed=seed),
+        "two-tower": lambda: TwoTower(features, seed=seed),
+        "factorised": lambda: Factorised(features),
+    }
+    if name not in known:
+        raise ValueError(f"there is no proxy {name!r}: it is one of {', '.join(known)}")
+    return known[name]

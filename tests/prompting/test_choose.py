@@ -1,0 +1,107 @@
+"""Proxies find what is planted, choosers use it, and abstain where there is nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tokenmdp.prompting import choose, judged, proxy
+from tokenmdp.prompting.log import Log
+
+ANIMALS, TOOLS = ("cat", "dog", "horse", "cow"), ("hammer", "saw", "drill", "wrench")
+PROMPTS = ("Think of nature.", "Think of work.")
+
+
+def log_of(strength: float, count: int = 240, seed: int = 0) -> Log:
+    """Queries about animals go well with the first prompt and those about tools with the second, by `strength`."""
+    rng = np.random.default_rng(seed)
+    queries, rewards = [], []
+    for i in range(count):
+        animal = i % 2 == 0
+        word = (ANIMALS if animal else TOOLS)[rng.integers(4)]
+        queries.append(f"Tell me about the {word} number {i}")
+        fits = np.array([animal, not animal])
+        rewards.append(rng.random(2) < 0.5 + strength * (fits - 0.5) + np.array([0.05, -0.05]))
+    every = np.repeat(np.arange(count), 2)
+    names = tuple(queries)
+    reward = np.concatenate(rewards).astype(float)
+    return Log(
+        names, tuple(map(str, range(count))), PROMPTS, ("n", "w"), every, np.tile([0, 1], count), reward, every * 0
+    )
+
+
+FEW = ["Tell me about the cow number 1000", "Tell me about the saw number 1001"]
+
+
+@pytest.mark.parametrize("name", ["neighbours", "logistic", "boosted", "two-tower", "factorised"])
+def test_a_proxy_learns_which_prompt_suits_which_query(name: str) -> None:
+    make = proxy.named(name)
+    log = log_of(0.8)
+    value = make().fit(log).predict(FEW, PROMPTS)
+    assert value.shape == (2, 2)
+    assert ((value > 0) & (value < 1)).all()
+    assert choose.best(value).tolist() == [0, 1]
+    held = log_of(0.8, 60, seed=1)
+    found = judged.prediction(held, make().fit(log).predict(held.queries, held.prompts))
+    assert found["auc_within_prompt"] > 0.7
+
+
+def test_a_constant_knows_prompts_and_no_queries() -> None:
+    log = log_of(0.8)
+    value = proxy.Constant().fit(log).predict(log.queries, [*PROMPTS, "never seen"])
+    assert len(np.unique(value, axis=0)) == 1
+    assert value[0, 2] == pytest.approx(log.reward.mean())
+    assert judged.prediction(log, value[:, :2])["auc_within_prompt"] == 0.5
+
+
+def test_calibration_shrinks_what_is_too_sure() -> None:
+    """Noise alone: trees that fit it are pulled back to the base rate."""
+    log = log_of(0.0)
+    held = log_of(0.0, 200, seed=2)
+    raw = proxy.Boosted(trees=100, smallest=3).fit(log).predict(held.queries, held.prompts)
+    mended = proxy.Calibrated(lambda: proxy.Boosted(trees=100, smallest=3)).fit(log).predict(held.queries, held.prompts)
+    assert judged.prediction(held, mended)["ece"] < judged.prediction(held, raw)["ece"]
+
+
+@pytest.mark.parametrize(("strength", "abstains"), [(0.8, False), (0.0, True)])
+def test_a_chooser_abstains_where_there_is_nothing_to_gain(strength: float, abstains: bool) -> None:
+    chooser = choose.Chooser(proxy.named("logistic")).fit(log_of(strength))
+    assert chooser.abstains is abstains
+    assert chooser.gain is not None
+    picks = chooser.choose(FEW)
+    assert picks.tolist() == ([chooser.constant] * 2 if abstains else [0, 1])
+    assert chooser.several(FEW, 2).shape == (2, 2)
+
+
+def test_cost_makes_a_prompt_unattractive() -> None:
+    free = choose.Chooser(proxy.Constant, abstain=False).fit(log_of(0.0))
+    dear = choose.Chooser(proxy.Constant, abstain=False, cost=[10.0, 0.0], price=1.0).fit(log_of(0.0))
+    assert (free.constant, dear.constant) == (0, 1)
+    with pytest.raises(ValueError, match="1 costs for 2 prompts"):
+        choose.Chooser(cost=[1.0]).fit(log_of(0.0))
+    with pytest.raises(ValueError, match="calls is 3"):
+        free.several(FEW, 3)
+
+
+def test_choices_by_hand() -> None:
+    """Two queries, rewards (1, 0) and (0, 1); constant takes a: ½. The picks (a, b) earn 1: +½ over it."""
+    at = np.array([0, 0, 1, 1])
+    log = Log(
+        ("x", "y"), ("x", "y"), ("a", "b"), ("a", "b"), at, np.array([0, 1, 0, 1]), np.array([1.0, 0, 0, 1]), at * 0
+    )
+    found = judged.choices(log, {"pick": np.array([0, 1])}, np.array([0, 0]))
+    means = {name: (row["reward"]["mean"], row["over_constant"]["mean"]) for name, row in found.items()}
+    assert means == {"random": (0.5, 0.0), judged.CONSTANT: (0.5, 0.0), "pick": (1.0, 0.5), "oracle": (1.0, 0.5)}
+    assert judged.in_words(found, "pick").startswith("No significant gain")
+
+
+def test_votes() -> None:
+    assert choose.vote(["4", "5", "5", None]) == "5"
+    assert choose.vote(["4", "5"]) == "4"
+    assert choose.vote([None]) is None
+
+
+def test_auc_by_hand() -> None:
+    """Scores 1, 2, 2, 3 with successes at the last two: of 4 pairs 3 are right and one is a tie."""
+    assert judged.auc(np.array([1.0, 2, 2, 3]), np.array([False, False, True, True])) == pytest.approx(3.5 / 4)
+    assert judged.auc(np.array([1.0]), np.array([True])) is None

@@ -1,0 +1,110 @@
+"""The log: what is read, what is refused, and numbers by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tokenmdp.prompting import log as logs
+
+ROWS: list[dict[str, Any]] = [
+    {"query": "2+2", "prompt_id": "a", "reward": 1},
+    {"query": "2+2", "prompt_id": "b", "reward": 0},
+    {"query": "3+3", "prompt_id": "a", "reward": 0.5},
+    {"query": "2+2", "prompt_id": "a", "reward": 0},
+]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read(tmp_path: Path, rows: list[dict[str, Any]]) -> logs.Log:
+    return logs.read(write(tmp_path / "log.jsonl", rows))
+
+
+def test_trials_are_kept_as_numbers_and_repeats_are_numbered(tmp_path: Path) -> None:
+    log = read(tmp_path, ROWS)
+    assert (log.queries, log.prompt_ids) == (("2+2", "3+3"), ("a", "b"))
+    assert log.repeat.tolist() == [0, 0, 0, 1]
+    assert log.facts["repeated"] == 1
+    assert log.facts["untried"] == 1
+    expected = np.array([[0.5, 0.0], [0.5, np.nan]])  # query 0 with prompt a: 1 and 0
+    np.testing.assert_equal(log.matrix(), expected)
+
+
+def test_a_row_of_outcomes_is_a_trial_for_every_prompt(tmp_path: Path) -> None:
+    rows = [{"query": "2+2", "split": "train", "correct": {"a": 1, "b": 0}}]
+    log = read(tmp_path, rows)
+    assert log.reward.tolist() == [1.0, 0.0]
+    assert log.parts == ("train",)
+    assert len(log.of_part("train")) == 2
+    with pytest.raises(ValueError, match="the log's `split` has no 'test': it has 'train'"):
+        log.of_part("test")
+
+
+def test_prompts_may_be_named_in_one_file_and_told_in_another(tmp_path: Path) -> None:
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt_id": "a", "prompt": "Think."}])
+    assert logs.read(write(tmp_path / "log.jsonl", ROWS), prompts).prompts == ("Think.", "b")
+
+
+def test_what_is_written_is_read_again(tmp_path: Path) -> None:
+    log = read(tmp_path, [{**row, "cost": 2, "propensity": 0.5} for row in ROWS])
+    logs.write(log, tmp_path / "again.jsonl")
+    again = logs.read(tmp_path / "again.jsonl")
+    for name in ("query", "prompt", "reward", "repeat", "cost", "propensity"):
+        np.testing.assert_equal(getattr(again, name), getattr(log, name))
+
+
+def test_compact_leaves_out_what_has_no_trial(tmp_path: Path) -> None:
+    log = read(tmp_path, ROWS).of_prompts([1]).compact()
+    assert (log.queries, log.prompt_ids, log.prompt.tolist()) == (("2+2",), ("b",), [0])
+
+
+def test_retest_by_hand(tmp_path: Path) -> None:
+    """Prompt a on 2+2 came to 1, 1, 0: of its three pairs one agrees. Prompt b was tried once and says nothing."""
+    rows = [*ROWS[:1], *ROWS[:2], ROWS[3]]
+    assert logs.retest(read(tmp_path, rows)) == pytest.approx(1 / 3)
+    assert logs.retest(read(tmp_path, ROWS[:3])) is None
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"query": "4+4", "prompt_id": "a"}, "row 5 has no reward; its columns are query, prompt_id"),
+        ({"query": "4+4", "prompt_id": "a", "reward": 2}, r"reward is 2.0; it must be in \[0, 1\]"),
+        ({"query": "4+4", "prompt_id": "a", "reward": "x"}, "reward is 'x'; it must be a number"),
+        ({"query": " ", "prompt_id": "a", "reward": 1}, "query is ' '; it must be a text that is not empty"),
+        ({"query": "x" * (logs.LONGEST + 1), "prompt_id": "a", "reward": 1}, "query has 1048577 characters"),
+        ({"query": "4", "query_id": logs.name_of("2+2"), "prompt_id": "a", "reward": 1}, "stands for two texts"),
+        ({"query": "4", "prompt_id": "a", "reward": 1, "propensity": 0}, "propensity is 0.0"),
+        ({"query": "4", "prompt_id": "a", "reward": float("nan")}, "reward is nan; it must be finite"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path, [*ROWS, row])
+
+
+def test_a_trial_that_the_log_numbers_twice_is_refused(tmp_path: Path) -> None:
+    rows = [{**row, "repeat": 0} for row in ROWS]
+    with pytest.raises(ValueError, match="repeat 0 of the prompt 'a' on the query '2\\+2' is there twice"):
+        read(tmp_path, rows)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([ROWS[0], ROWS[3]], "tries one prompt only, 'a'"),
+        ([ROWS[0], {**ROWS[1], "reward": 1}], "all 2 rewards are 1"),
+        ([{**ROWS[0], "cost": 1}, ROWS[1]], "1 of 2 trials have no cost"),
+    ],
+)
+def test_logs_without_a_choice_are_refused(tmp_path: Path, rows: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path, rows)
