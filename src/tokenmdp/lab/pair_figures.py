@@ -53,8 +53,8 @@ class Scored:
     def select(self, where: NDArray[np.bool_]) -> Scored:
         """The pairs where the mask is True."""
         names = [name for name, kept in zip(self.subset, where, strict=True) if kept] if self.subset else ()
-        parts = (self.chosen, self.rejected, self.lengths, self.prompt, self.row, self.margin)
-        return Scored(*(part[where] for part in parts), names)
+        scores = (self.chosen[where], self.rejected[where], self.lengths[where])
+        return Scored(*scores, self.prompt[where], self.row[where], self.margin[where], names)
 
 
 def right(difference: Array) -> Array:

@@ -115,7 +115,8 @@ def _after(policy: Policy, prompt: Prompt, text: str) -> list[int]:
 
 def scores(reward: Reward, batch: Batch, policy: Policy, probe: Callable[[str], str]) -> tuple[Array, list[Any]]:
     """[B] the score of each rewritten response, NaN where there is none; and what its tokens became."""
-    value, tokens = np.full(len(batch), np.nan), [None] * len(batch)
+    value = np.full(len(batch), np.nan)
+    tokens: list[Any] = [None] * len(batch)
     changed, rows = rewritten(batch, policy, probe)
     if changed is not None:
         score = reward(changed)

@@ -115,7 +115,7 @@ def estimate(
     divisor = w if name == "snips" and w is not None else np.ones(len(log))
     which = (np.arange(len(log.queries)) if groups is None else groups)[log.query]
     _, which = np.unique(which, return_inverse=True)
-    top, bottom = np.bincount(which, parts), np.bincount(which, divisor)
+    top, bottom = (np.asarray(np.bincount(which, x), dtype=np.float64) for x in (parts, divisor))
     if len(top) < 2:
         raise ValueError(f"{len(top)} question in the log: an interval over questions needs at least two")
     return _ratio(top, bottom, resamples, seed)
