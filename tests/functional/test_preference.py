@@ -308,3 +308,9 @@ def test_shapes_of_the_policys_losses() -> None:
             check(free)(x, x, n, torch.ones(4, dtype=torch.long))
     assert check(preference.kto)(x, x, n > 0, x).shape == (3,)
     assert check(preference.kto_reference)(x, x).shape == ()
+
+
+def test_both_sides_of_a_pair_are_classified() -> None:
+    """r = 1 and −2: −½ log σ(1) − ½ log σ(2) = (0.3133 + 0.1269) / 2. With 0 and 0 it is log 2, as Bradley-Terry."""
+    value = preference.both_sides(torch.tensor([1.0, 0.0]), torch.tensor([-2.0, 0.0]))
+    torch.testing.assert_close(value, torch.tensor([0.2201, math.log(2)]), atol=1e-4, rtol=0)

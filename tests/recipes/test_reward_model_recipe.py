@@ -76,3 +76,19 @@ def test_a_demanded_margin_enters_the_loss(tmp_path: Path) -> None:
             reward_model.train(cfg, body, wide, held_out, run)
         first[margin] = json.loads((tmp_path / str(margin) / "metrics.jsonl").read_text().splitlines()[0])["loss"]
     assert first == pytest.approx({False: math.log(2), True: math.log(1 + math.exp(3))}, rel=1e-6)
+
+
+def test_the_classifier_learns_a_preference_too_and_knows_no_margin(tmp_path: Path) -> None:
+    cfg, (body, _, held_out) = build_reward_model(learning_rate=1e-2, objective="classifier")
+    with Run.open(tmp_path / "run", config={}, seed=0) as run:
+        _, figures = reward_model.train(cfg, body, preferences(120), held_out, run)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-6), "each side starts at one half"
+    assert figures["accuracy"] > 0.75
+    for changes, message in (
+        ({"objective": "classifier", "margin": True}, "knows no margin"),
+        ({"objective": "hinge"}, "objective is 'hinge'"),
+    ):
+        cfg, pieces = build_reward_model(**changes)
+        with Run.open(tmp_path / message[:9], config={}, seed=0) as run, pytest.raises(ValueError, match=message):
+            reward_model.train(cfg, *pieces, run=run)

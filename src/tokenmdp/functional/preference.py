@@ -58,6 +58,30 @@ def pointwise(score: Float[Tensor, "B"], label: Float[Tensor, "B"] | Bool[Tensor
     return F.softplus(score) - label.to(score.dtype) * score
 
 
+def both_sides(chosen: Float[Tensor, "B"], rejected: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
+    """`pointwise` on the two sides of a pair, the chosen one good and the rejected one bad: a reward model as a
+    classifier.
+
+        ℓ = −½ log σ(r_chosen) − ½ log σ(−r_rejected)
+
+    Here a reward has a zero, at which "chosen" is as likely as not, where `bradley_terry` leaves it open. Were the sides
+    labelled one by one, σ(r_first − r_second) would be the probability that of two of which one is good it is the first.
+    In comparisons a side is labelled against its opponent, and the classifier sees it against the average one, so that
+    differences of its rewards come out smaller than the log-odds of the preference.
+
+    Args:
+        chosen, rejected: the rewards of the two responses of each pair.
+
+    Returns:
+        Nats; log 2 where both rewards are 0, as `bradley_terry`.
+
+    Source: Sun, Shen & Ton 2024, "Rethinking Bradley-Terry models in preference-based reward modeling" (reward models
+    as classifiers).
+    """
+    good, bad = torch.ones_like(chosen), torch.zeros_like(rejected)
+    return 0.5 * (pointwise(chosen, good) + pointwise(rejected, bad))
+
+
 def centring(chosen: Float[Tensor, "B"], rejected: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
     """A penalty that keeps rewards around zero without touching their differences.
 

@@ -3,10 +3,11 @@
     min_φ  − E log σ( r_φ(x, y_chosen) − r_φ(x, y_rejected) − m )  +  c · ( r_φ(x, y_chosen) + r_φ(x, y_rejected) )²
 
 The reward that explains the preferences is a proxy of expensive feedback: it can be asked as often as one likes, and it
-is wrong where the policy goes that the comparisons did not.
+is wrong where the policy goes that the comparisons did not. With `objective` classifier each side is an observation of
+its own, −½ log σ(r_chosen) − ½ log σ(−r_rejected), in place of the first term.
 
 Source: Bradley & Terry 1952; Ouyang et al. 2022, eq. 1; margin: Touvron et al. 2023 (Llama 2), eq. 2; centring:
-    Eisenstein et al. 2023.
+    Eisenstein et al. 2023; classifier: Sun, Shen & Ton 2024.
 Differs: the score is read at the last real token, found by position; scores are normalised once, after training, on
     given samples.
 """
@@ -18,14 +19,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenmdp import stats
 from tokenmdp.functional import preference, weights
 from tokenmdp.learner import Learner
 from tokenmdp.models import catalog
 from tokenmdp.models.policy import Policy
+from tokenmdp.rewards import comparisons
+from tokenmdp.rewards.judged import judge
 from tokenmdp.rewards.reward_model import RewardModel
 from tokenmdp.run import Run
-from tokenmdp.tasks import data
+from tokenmdp.tasks import data, files
 from tokenmdp.types import Batch, Pairs
 
 SETTING = "preference_rl"
@@ -42,6 +44,7 @@ class Config:
     warmup: int = 3  # steps over which the rates rise
     train: str = "all"  # what of the body trains: all | top-N blocks | lora-R rank | head (nothing but the head)
     pool: str = "last"  # what the head reads: last (what other tools expect) | mean (better with few labels)
+    objective: str = "bradley_terry"  # bradley_terry, of pairs | classifier, of single sides
     centring: float = 0.01  # c, weight of the squared sum of a pair's scores
     margin: bool = False  # demand the data's margin between chosen and rejected
     held_out: float = 0.1  # share of the pairs never trained on
@@ -52,7 +55,15 @@ class Config:
 def train(
     cfg: Config, policy: Policy, pairs: Pairs, held_out: Pairs, run: Run
 ) -> tuple[RewardModel, dict[str, object]]:
-    """Fit the reward to the pairs; returns it, normalised on the held-out responses, with its held-out figures."""
+    """Fit the reward to the pairs; returns it, normalised on the held-out responses, with its held-out figures.
+
+    Raises:
+        ValueError: an unknown objective, or a margin for one that has none.
+    """
+    if cfg.objective not in ("bradley_terry", "classifier"):
+        raise ValueError(f"objective is {cfg.objective!r}; it must be bradley_terry or classifier")
+    if cfg.margin and cfg.objective == "classifier":
+        raise ValueError("a classifier sees one side at a time and knows no margin: use --objective bradley_terry")
     reward = RewardModel.from_policy(policy, cfg.train, cfg.pool)
     per_epoch = -(-len(pairs) // cfg.rows)
     steps = cfg.epochs * per_epoch
@@ -70,7 +81,10 @@ def train(
         # One pass over both sides: a pair's sides share a micro-batch.
         score = reward.last(Batch.concat([part.chosen, part.rejected]))
         chosen, rejected = score.split(len(part))
-        value = preference.bradley_terry(chosen, rejected, part.margin if cfg.margin else torch.zeros_like(chosen))
+        if cfg.objective == "classifier":
+            value = preference.both_sides(chosen, rejected)
+        else:
+            value = preference.bradley_terry(chosen, rejected, part.margin if cfg.margin else torch.zeros_like(chosen))
         value = value + cfg.centring * preference.centring(chosen, rejected)
         return value, {
             "rewards/accuracies": (chosen > rejected).float(),
@@ -79,7 +93,7 @@ def train(
             "rewards/rejected": rejected,
         }
 
-    for step in run.steps(steps, learner, title="reward model"):
+    for step in run.steps(steps, learner, title="reward model", setting=SETTING):
         epoch, at = divmod(step, per_epoch)
         # An epoch's order depends on the seed and the epoch alone, so a resumed run draws the same one.
         shuffled = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(run.seed * 1_000_003 + epoch))
@@ -91,43 +105,14 @@ def train(
     return reward, judge(reward, held_out)
 
 
-def judge(reward: RewardModel, pairs: Pairs) -> dict[str, object]:
-    """Held-out accuracy with its interval, calibration of σ(margin), and the correlation of score and length."""
-    chosen, rejected = reward(pairs.chosen), reward(pairs.rejected)
-    margin = (
-        chosen.value - rejected.value
-    ) * reward.scale  # the scale Bradley–Terry was fitted on: σ(margin) is a probability
-    right = (margin > 0).float() + 0.5 * (margin == 0).float()
-    accuracy, low, high = stats.wilson(float(right.sum()), len(pairs))
-    # Seen from a random side, so that both outcomes occur: side 1 is the chosen one for every second pair.
-    sign = torch.where(torch.arange(len(pairs)) % 2 == 0, 1.0, -1.0)
-    ece, table = stats.calibration(torch.sigmoid(margin * sign).numpy(), (sign > 0).numpy(), bins=10)
-    both = Batch.concat([pairs.chosen, pairs.rejected])
-    length = both.action.sum(-1).double()
-    scores = torch.cat([chosen.value, rejected.value]).double()
-    length_bias: dict[str, object] = {}
-    if bool((length != length[0]).any()) and bool(
-        (scores != scores[0]).any()
-    ):  # else there is no bias to length to see
-        found = stats.spearman(scores.numpy(), length.numpy())
-        length_bias = {"length_correlation": found.mean, "length_correlation_ci": [found.low, found.high]}
-    return {
-        "accuracy": accuracy,
-        "low": low,
-        "high": high,
-        "n_pairs": len(pairs),
-        "ece": ece,
-        "calibration": table,
-        **length_bias,
-    }
-
-
 def main(cfg: Config, run: Run) -> dict[str, object]:
     """Load the body and the pairs, train, save the reward model to `model/` in the run folder."""
     policy = catalog.load(cfg.model)
-    everything = data.pairs(data.rows(cfg.data), policy, cfg.max_tokens)
-    learned, kept = data.split(everything, cfg.held_out, run.rng)
-    run.note(f"{len(learned)} pairs, {len(kept)} held out; body {policy.name} {policy.fingerprint()}")
+    everything = data.pairs(files.rows(cfg.data), policy, cfg.max_tokens)
+    learned, kept, found = comparisons.divided(everything, cfg.held_out, run.rng)
+    run.note(
+        f"{len(learned)} pairs, {len(kept)} held out by prompt; body {policy.name} {policy.fingerprint()}; found: {found}"
+    )
     reward, figures = train(cfg, policy, learned, kept, run)
     reward.save(run.folder / "model")
-    return {**figures, "model": str(run.folder / "model")}
+    return {**figures, **found, "model": str(run.folder / "model")}
