@@ -44,7 +44,7 @@ class Chooser:
         make: Callable[[], Proxy] = Boosted,
         abstain: bool = True,
         folds: int = 4,
-        cost: Sequence[float] | None = None,
+        cost: Sequence[float] | NDArray[np.float64] | None = None,
         price: float = 0.0,
         seed: int = 0,
     ) -> None:

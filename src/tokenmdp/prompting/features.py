@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,7 @@ WORDS = (
     "each", "every", "per", "total", "altogether", "left", "remain", "more", "less", "fewer", "than", "times", "twice", "half",
     "percent", "%", "$", "average", "difference", "if", "then", "first", "step", "after", "before", "how many", "how much",
 )  # fmt: skip
+PATTERN = r"\S+"  # what a word is: whatever stands between blanks
 _NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
 
 
@@ -87,7 +89,7 @@ class Features:
                 min_df=2 if len(texts) > 50 else 1,
                 sublinear_tf=True,
                 max_features=1 << 15,
-                token_pattern=r"\S+",
+                token_pattern=PATTERN,
             )
             self.reduce = _reducer(self.counts.fit_transform(texts), self.components, self.seed)
         if "embedding" in self.kinds and self.embed is not None:
@@ -95,6 +97,38 @@ class Features:
             self.embedded = _reducer(found, self.components, self.seed) if found.shape[1] > self.components else None
         self.scale = StandardScaler().fit(self._raw(texts))
         self.width = int(self.scale.n_features_in_)
+        return self
+
+    def facts(self) -> dict[str, Any]:
+        """What `restored` needs besides `arrays`: the settings and the vocabulary."""
+        words = {word: int(at) for word, at in self.counts.vocabulary_.items()} if "tfidf" in self.kinds else {}
+        return {"kinds": self.kinds, "components": self.components, "seed": self.seed, "vocabulary": words}
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The numbers that were learned."""
+        found = {"mean": self.scale.mean_, "scale": self.scale.scale_}
+        if "tfidf" in self.kinds:
+            found["idf"] = self.counts.idf_
+            if self.reduce is not None:
+                found["directions"] = self.reduce.components_
+        if "embedding" in self.kinds and self.embedded is not None:
+            found["embedded"] = self.embedded.components_
+        return found
+
+    @staticmethod
+    def restored(facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], embed: Embed | None = None) -> Features:
+        """The features that `facts` and `arrays` were taken from."""
+        self = Features(tuple(facts["kinds"]), int(facts["components"]), embed, int(facts["seed"]))
+        if "tfidf" in self.kinds:
+            self.counts = TfidfVectorizer(
+                ngram_range=(1, 2), sublinear_tf=True, token_pattern=PATTERN, vocabulary=facts["vocabulary"]
+            )
+            self.counts.idf_ = arrays["idf"]
+            self.reduce = _with(arrays.get("directions"))
+        self.embedded = _with(arrays.get("embedded"))
+        self.scale = StandardScaler()
+        self.scale.mean_, self.scale.scale_ = arrays["mean"], arrays["scale"]
+        self.scale.n_features_in_ = self.width = len(arrays["mean"])
         return self
 
     def transform(self, texts: Sequence[str]) -> NDArray[np.float32]:
@@ -120,6 +154,14 @@ def _reducer(matrix: object, components: int, seed: int) -> TruncatedSVD | None:
     size = min(matrix.shape)  # type: ignore[attr-defined]
     count = min(components, size - 1)
     return TruncatedSVD(count, random_state=seed).fit(matrix) if count >= 1 else None
+
+
+def _with(directions: NDArray[Any] | None) -> TruncatedSVD | None:
+    if directions is None:
+        return None
+    found = TruncatedSVD(len(directions))
+    found.components_ = directions
+    return found
 
 
 def _reduced(matrix: object, by: TruncatedSVD | None) -> NDArray[np.float64]:

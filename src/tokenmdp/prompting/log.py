@@ -94,6 +94,25 @@ class Log:
         """The trials of some prompts."""
         return self.select(np.isin(self.prompt, list(prompts)))
 
+    def only(self, names: str) -> Log:
+        """The trials of the prompts named, ids with commas between.
+
+        Raises:
+            ValueError: there is no such prompt.
+        """
+        asked = [name.strip() for name in names.split(",") if name.strip()]
+        unknown = [name for name in asked if name not in self.prompt_ids]
+        if unknown:
+            raise ValueError(f"the log has no prompt {unknown[0]!r}; it has {', '.join(self.prompt_ids)}")
+        return self.of_prompts([self.prompt_ids.index(name) for name in asked]).compact()
+
+    def mean_cost(self) -> NDArray[np.float64] | None:
+        """[P] what a trial of each prompt cost on average; None where the log does not say."""
+        if self.cost is None:
+            return None
+        count = np.bincount(self.prompt, minlength=len(self.prompts))
+        return np.asarray(np.bincount(self.prompt, self.cost, len(self.prompts)) / np.maximum(count, 1))
+
     def compact(self) -> Log:
         """Without the queries and prompts that have no trial, and the rest numbered anew."""
         queries, query = np.unique(self.query, return_inverse=True)

@@ -11,15 +11,15 @@ Source: Sun, Hüyük & van der Schaar 2023 (Prompt-OIRL), section 3.2 (Υ as a c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.neighbors import NearestNeighbors
 
+from tokenmdp.models import trees
 from tokenmdp.prompting import leaks, splits
 from tokenmdp.prompting.features import Features
 from tokenmdp.prompting.log import Log
@@ -176,19 +176,21 @@ class Boosted(Crossed):
         """Learn."""
         self.learn_texts(log)
         x, y, weight = as_classes(self.trials(log), log.reward)
-        self.model = HistGradientBoostingClassifier(
+        self.model = trees.grow(
+            x,
+            y,
+            weight,
             max_iter=self.trees,
             learning_rate=self.rate,
             max_leaf_nodes=self.leaves,
             min_samples_leaf=min(self.smallest, max(1, len(log) // 20)),
-            early_stopping=False,
             random_state=self.seed,
-        ).fit(x, y, sample_weight=weight)
+        )
         return self
 
     def predict(self, queries: Sequence[str], prompts: Sequence[str]) -> NDArray[np.float64]:
         """[Q, P]."""
-        return self.table(queries, prompts, lambda x: np.asarray(self.model.predict_proba(x)[:, 1]))
+        return self.table(queries, prompts, lambda x: _sigmoid(self.model.score(torch.from_numpy(x)).double().numpy()))
 
 
 class Logistic(Crossed):
@@ -214,14 +216,13 @@ class Logistic(Crossed):
         """Learn."""
         self.learn_texts(log)
         x, y, weight = as_classes(self.trials(log), log.reward)
-        self.model = LogisticRegression(C=1 / self.strength, max_iter=300).fit(
-            self._products(x), y, sample_weight=weight
-        )
+        fitted = LogisticRegression(C=1 / self.strength, max_iter=300).fit(self._products(x), y, sample_weight=weight)
+        self.weight, self.bias = fitted.coef_[0], float(fitted.intercept_[0])
         return self
 
     def predict(self, queries: Sequence[str], prompts: Sequence[str]) -> NDArray[np.float64]:
         """[Q, P]."""
-        return self.table(queries, prompts, lambda x: np.asarray(self.model.predict_proba(self._products(x))[:, 1]))
+        return self.table(queries, prompts, lambda x: _sigmoid(self._products(x) @ self.weight + self.bias))
 
 
 class TwoTower(Crossed):
@@ -349,8 +350,7 @@ class Calibrated:
 
     def predict(self, queries: Sequence[str], prompts: Sequence[str]) -> NDArray[np.float64]:
         """[Q, P]."""
-        found = self.scale * _logit(self.proxy.predict(queries, prompts)) + self.shift
-        return np.asarray(1 / (1 + np.exp(-found)))
+        return _sigmoid(self.scale * _logit(self.proxy.predict(queries, prompts)) + self.shift)
 
 
 def out_of_fold(
@@ -366,6 +366,10 @@ def out_of_fold(
         at = tried[held]
         value[at] = make().fit(log.of_queries(tried[learned])).predict([log.queries[i] for i in at], log.prompts)
         yield log.of_queries(at), value
+
+
+def _sigmoid(x: NDArray[Any]) -> NDArray[np.float64]:
+    return np.asarray(1 / (1 + np.exp(-np.clip(x, -50.0, 50.0))), dtype=np.float64)
 
 
 def _logit(p: NDArray[np.float64]) -> NDArray[np.float64]:

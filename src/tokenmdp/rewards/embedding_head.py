@@ -23,12 +23,13 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
-from sklearn.ensemble import HistGradientBoostingClassifier
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
 from tokenmdp.functional import preference
+from tokenmdp.models import trees
+from tokenmdp.models.trees import Trees
 
 HEADS = ("linear", "mlp", "boosted")
 OBJECTIVES = ("bradley_terry", "classifier")
@@ -92,56 +93,6 @@ class MLP:
     def arrays(self) -> dict[str, Tensor]:
         """The numbers that make it."""
         return {"inner": self.inner, "shift": self.shift, "outer": self.outer, "bias": self.bias}
-
-
-@dataclass(frozen=True)
-class Trees:
-    """r(x) = b + Σ_t leaf_t(x): T trees of at most M nodes each.
-
-    A row starts at node 0 of each tree and goes left where its feature is at most the threshold, else right; a leaf leads
-    to itself.
-
-    Attributes:
-        feature, left, right: [T, M] which feature a node asks, and where it sends a row.
-        threshold, value: [T, M] what the feature is compared with, and what a leaf adds.
-        bias: [1] b.
-        depth: [1] the longest way from a root to a leaf.
-    """
-
-    feature: Int[Tensor, "T M"]
-    threshold: Float[Tensor, "T M"]
-    left: Int[Tensor, "T M"]
-    right: Int[Tensor, "T M"]
-    value: Float[Tensor, "T M"]
-    bias: Float[Tensor, "1"]
-    depth: Int[Tensor, "1"]
-    kind: ClassVar[str] = "boosted"
-
-    def score(self, features: Float[Tensor, "N D"]) -> Float[Tensor, "N"]:
-        """[N] scores."""
-        x = features.detach().cpu()
-        parts = [self._score(part) for part in x.split(4096)]
-        return torch.cat(parts).to(features) if parts else x.new_zeros(0)
-
-    def _score(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N"]:
-        tree = torch.arange(len(self.value))
-        node = torch.zeros((len(x), len(tree)), dtype=torch.long)
-        for _ in range(int(self.depth)):
-            goes_left = x.gather(1, self.feature[tree, node]).double() <= self.threshold[tree, node]
-            node = torch.where(goes_left, self.left[tree, node], self.right[tree, node])
-        return self.value[tree, node].sum(1) + self.bias.double()
-
-    def arrays(self) -> dict[str, Tensor]:
-        """The numbers that make it."""
-        return {
-            "feature": self.feature,
-            "threshold": self.threshold,
-            "left": self.left,
-            "right": self.right,
-            "value": self.value,
-            "bias": self.bias,
-            "depth": self.depth,
-        }
 
 
 def from_arrays(kind: str, arrays: Mapping[str, Tensor]) -> Head:
@@ -299,52 +250,19 @@ def mlp(
 def boosted(chosen: Float[Tensor, "N D"], rejected: Float[Tensor, "N D"]) -> Trees:
     """Gradient-boosted trees on single sides: a side was chosen or rejected.
 
-    The library that grows the trees knows losses of rows, not of pairs. Its trees are copied out as numbers and checked
-    against it.
-
-    Raises:
-        RuntimeError: the copy says something else than the library's own: a version whose trees are laid out otherwise.
+    The library that grows the trees knows losses of rows, not of pairs (see `models.trees`).
     """
     x = torch.cat([chosen, rejected]).numpy()
     y = np.repeat([1, 0], [len(chosen), len(rejected)])
-    grown = HistGradientBoostingClassifier(
+    return trees.grow(
+        x,
+        y,
         max_iter=TREES,
         max_leaf_nodes=LEAVES,
         learning_rate=SHRINKAGE,
         min_samples_leaf=min(LEAF_ROWS, max(1, len(x) // 10)),
         l2_regularization=1.0,
-        early_stopping=False,
         random_state=0,
-    ).fit(x, y)
-    trees = _copied(grown)
-    probe = torch.from_numpy(x[:256])
-    if not torch.allclose(trees._score(probe), torch.from_numpy(grown.decision_function(x[:256])), atol=1e-6):
-        raise RuntimeError(
-            "this version of scikit-learn lays its trees out otherwise: install the one in constraints.txt"
-        )
-    return trees
-
-
-def _copied(grown: HistGradientBoostingClassifier) -> Trees:
-    """The library's trees as arrays, padded to the largest with leaves that nothing leads to."""
-    nodes = [stage[0].nodes for stage in grown._predictors]
-    T, M = len(nodes), max(len(tree) for tree in nodes)
-    whole = {name: np.zeros((T, M), dtype=np.int64) for name in ("feature", "left", "right")}
-    real = {name: np.zeros((T, M), dtype=np.float64) for name in ("threshold", "value")}
-    own = np.arange(M)
-    for t, tree in enumerate(nodes):
-        leaf = tree["is_leaf"].astype(bool)
-        here = slice(0, len(tree))
-        whole["feature"][t, here] = np.where(leaf, 0, tree["feature_idx"])
-        real["threshold"][t, here] = np.where(leaf, 0.0, tree["num_threshold"])
-        real["value"][t, here] = np.where(leaf, tree["value"], 0.0)
-        for name in ("left", "right"):
-            whole[name][t] = own
-            whole[name][t, here] = np.where(leaf, own[here], tree[name])
-    return Trees(
-        **{name: torch.from_numpy(array) for name, array in {**whole, **real}.items()},
-        bias=torch.from_numpy(np.asarray(grown._baseline_prediction, dtype=np.float64).reshape(1)),
-        depth=torch.tensor([max(int(tree["depth"].max()) for tree in nodes)]),
     )
 
 

@@ -39,26 +39,12 @@ class Config:
 def main(cfg: Config, run: Run) -> dict[str, Any]:
     """Read the log, judge the proxies and the choices, print the table."""
     log = logs.read(cfg.log, cfg.prompts or None)
-    if cfg.only:
-        log = chosen(log, cfg.only)
+    log = log.only(cfg.only) if cfg.only else log
     found = evaluate(cfg, log, run)
     (run.folder / "summary.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     for table in tables(found):
         Console(width=120).print(table)
     return {"verdict": found["verdict"], "trials": found["facts"]["trials"], "queries": found["facts"]["queries"]}
-
-
-def chosen(log: logs.Log, only: str) -> logs.Log:
-    """The trials of the prompts named.
-
-    Raises:
-        ValueError: the log has no such prompt.
-    """
-    names = [name.strip() for name in only.split(",") if name.strip()]
-    unknown = [name for name in names if name not in log.prompt_ids]
-    if unknown:
-        raise ValueError(f"the log has no prompt {unknown[0]!r}; it has {', '.join(log.prompt_ids)}")
-    return log.of_prompts([log.prompt_ids.index(name) for name in names]).compact()
 
 
 def evaluate(cfg: Config, log: logs.Log, run: Run) -> dict[str, Any]:

@@ -1,0 +1,48 @@
+"""Choose a prompt for each query by a fitted chooser, several under a budget of calls; no language model is asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenmdp.prompting import sentences, stored
+from tokenmdp.run import Run
+from tokenmdp.tasks import files
+
+
+@dataclass(frozen=True)
+class Config:
+    model: str = "runs/prompts-fit"  # the run folder of `prompts fit`
+    queries: str = "queries.jsonl"  # a file or a hub id with a column query (or question, or prompt)
+    calls: int = 1  # prompts chosen for each query, best first: their answers then vote
+    limit: int = 0  # queries, the first ones; 0 for all
+
+
+def main(cfg: Config, run: Run) -> dict[str, Any]:
+    """Write choices.jsonl: query, the prompts, and what Υ expects of each."""
+    folder = Path(cfg.model)
+    folder = folder if (folder / stored.FILES[0]).is_file() else folder / "model"
+    reads = str(stored.facts_of(folder)["about"].get("sentences", ""))
+    chooser, about = stored.load(folder, sentences.embedder(reads) if reads else None)
+    rows = files.rows(cfg.queries)[: cfg.limit or None]
+    texts = [_query(row, number) for number, row in enumerate(rows, 1)]
+    value = chooser.value(texts)
+    picks = chooser.several(texts, cfg.calls) if cfg.calls > 1 else chooser.choose(texts)[:, None]
+    for text, row, expected in zip(texts, picks.tolist(), value.tolist(), strict=True):
+        chosen = [chooser.prompts[i] for i in row]
+        run.append("choices.jsonl", {"query": text, "prompts": chosen, "expected": [expected[i] for i in row]})
+    same = float((picks[:, 0] == chooser.constant).mean())
+    return {
+        "queries": len(texts),
+        "best_constant_chosen": same,
+        "abstains": chooser.abstains,
+        "fitted_on": about["log"],
+    }
+
+
+def _query(row: dict[str, Any], number: int) -> str:
+    for name in ("query", "question", "prompt"):
+        if isinstance(row.get(name), str) and row[name].strip():
+            return str(row[name])
+    raise ValueError(f"row {number} has {', '.join(row)}; it needs a query (or question, or prompt) that is a text")

@@ -1,0 +1,69 @@
+"""Learn from a log of trials which prompt suits which query; keep the chooser. No call to a language model is made."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenmdp.prompting import log as logs
+from tokenmdp.prompting import proxy, sentences, stored
+from tokenmdp.prompting.choose import Chooser
+from tokenmdp.prompting.features import Features
+from tokenmdp.run import Run
+
+
+@dataclass(frozen=True)
+class Config:
+    log: str = "trials.jsonl"  # the log: query, prompt_id, reward and more; a file or a hub id
+    prompts: str = ""  # a file of prompt_id and prompt, for logs that only name prompts
+    only: str = ""  # prompt ids with commas between; empty for all
+    proxy: str = "boosted"  # constant | logistic | boosted
+    sentences: str = (
+        ""  # a sentence model for the queries: minilm, a folder or a hub id; empty for words and sizes alone
+    )
+    components: int = 64  # singular vectors kept of the queries' words, and of their embeddings
+    abstain: bool = True  # fall back on the best constant prompt where the gain is not significant
+    folds: int = 4  # of the questions, to measure the gain
+    price: float = 0.0  # reward units a unit of the log's cost
+
+
+def main(cfg: Config, run: Run) -> dict[str, Any]:
+    """Fit, say what choosing gains over the best constant prompt on questions not seen, and save to `model/`."""
+    if cfg.proxy not in stored.KINDS:
+        raise ValueError(f"proxy is {cfg.proxy!r}; one that can be kept is {', '.join(stored.KINDS)}")
+    log = logs.read(cfg.log, cfg.prompts or None)
+    log = log.only(cfg.only) if cfg.only else log
+    make = proxy.named(cfg.proxy, features(cfg.sentences, cfg.components, run.folder / "embeddings"), run.seed)
+    chooser = Chooser(make, cfg.abstain, cfg.folds, log.mean_cost(), cfg.price, run.seed).fit(log)
+    path = Path(cfg.log).expanduser()
+    known = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+    about = {
+        "log": cfg.log,
+        "sha256": known,
+        "trials": len(log),
+        "queries": len(log.queries),
+        "sentences": cfg.sentences,
+    }
+    stored.save(chooser, run.folder / "model", about)
+    gain = chooser.gain
+    if gain is not None:
+        does = "it will use the best constant prompt" if chooser.abstains else "it will choose per query"
+        run.note(f"gain over the best constant prompt {gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]: {does}")
+    return {
+        "trials": len(log),
+        "queries": len(log.queries),
+        "best_constant": log.prompt_ids[chooser.constant],
+        "gain": None if gain is None else gain._asdict(),
+        "abstains": chooser.abstains,
+        "model": str(run.folder / "model"),
+    }
+
+
+def features(name: str, components: int, cache: Path) -> proxy.MakeFeatures:
+    """Makes the queries' features: words and sizes, and meanings where a sentence model is named."""
+    if not name:
+        return lambda: Features(components=components)
+    embed = sentences.embedder(name, cache)
+    return lambda: Features(("tfidf", "surface", "embedding"), components, embed)

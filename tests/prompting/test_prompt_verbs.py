@@ -1,0 +1,101 @@
+"""The verbs: fit, choose and evaluate, on logs with and without something to find, and no language model in sight."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_choose import FEW, PROMPTS, log_of
+
+from tokenmdp.lab.prompts import choose, evaluate, fit
+from tokenmdp.models.policy import Policy
+from tokenmdp.prompting import log as logs
+from tokenmdp.prompting import proxy, stored
+from tokenmdp.prompting.choose import Chooser
+from tokenmdp.run import Run
+
+
+@pytest.fixture(autouse=True)
+def calls_raise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks a language model here is found out."""
+
+    def asked(*_: Any, **__: Any) -> None:
+        raise AssertionError("a language model was asked")
+
+    monkeypatch.setattr(Policy, "sample", asked)
+    monkeypatch.setattr(Policy, "evaluate", asked)
+
+
+def written(folder: Path, strength: float) -> Path:
+    logs.write(log_of(strength), folder / "trials.jsonl")
+    (folder / "queries.jsonl").write_text("".join(json.dumps({"query": q}) + "\n" for q in FEW))
+    return folder / "trials.jsonl"
+
+
+@pytest.mark.parametrize("kind", ["constant", "logistic", "boosted"])
+def test_what_is_kept_says_what_was_fitted(tmp_path: Path, kind: str) -> None:
+    log = log_of(0.8)
+    chooser = Chooser(proxy.named(kind), abstain=False, cost=[0.5, 1.0], price=0.1).fit(log)
+    stored.save(chooser, tmp_path / "kept", {"log": "here"})
+    again, about = stored.load(tmp_path / "kept")
+    assert about == {"log": "here"}
+    new = [*FEW, "something else entirely", *log.queries[:50]]
+    np.testing.assert_allclose(again.value(new), chooser.value(new), atol=1e-6)
+    assert again.choose(new).tolist() == chooser.choose(new).tolist()
+    assert (again.prompts, again.constant, again.gain) == (chooser.prompts, chooser.constant, None)
+
+
+def test_what_cannot_be_kept_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="a TwoTower cannot be kept"):
+        stored.save(Chooser(proxy.named("two-tower"), abstain=False).fit(log_of(0.5)), tmp_path, {})
+    with pytest.raises(ValueError, match="holds no chooser"):
+        stored.load(tmp_path)
+
+
+@pytest.mark.parametrize(("strength", "abstains"), [(0.8, False), (0.0, True)])
+def test_fit_then_choose(tmp_path: Path, strength: float, abstains: bool) -> None:
+    trials = written(tmp_path, strength)
+    with Run.open(tmp_path / "fit", {}, 0) as run:
+        found = fit.main(fit.Config(log=str(trials), proxy="logistic"), run)
+    assert found["abstains"] is abstains
+    cfg = choose.Config(model=str(tmp_path / "fit"), queries=str(tmp_path / "queries.jsonl"), calls=1)
+    with Run.open(tmp_path / "choose", {}, 0) as run:
+        made = choose.main(cfg, run)
+    rows = [json.loads(line) for line in (tmp_path / "choose/choices.jsonl").read_text().splitlines()]
+    if abstains:
+        assert made["best_constant_chosen"] == 1.0
+    else:
+        assert [row["prompts"] for row in rows] == [[PROMPTS[0]], [PROMPTS[1]]]
+
+
+def test_evaluate_says_whether_choosing_pays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trials = written(tmp_path, 0.8)
+    with Run.open(tmp_path / "run", {}, 0) as run:
+        found = evaluate.main(
+            evaluate.Config(log=str(trials), proxies="constant,logistic", choice="logistic", folds=3), run
+        )
+    assert found["verdict"].startswith("Choosing a prompt per query pays here")
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["choices"]["logistic, abstaining"]["over_constant"]["low"] > 0
+    assert summary["choices"]["oracle"]["reward"]["mean"] >= summary["choices"]["logistic"]["reward"]["mean"]
+    assert (
+        summary["prediction"]["constant"]["auc_within_prompt"]
+        < 0.6
+        < summary["prediction"]["logistic"]["auc_within_prompt"]
+    )
+    assert "over the best constant" in capsys.readouterr().out
+
+
+def test_a_published_split_that_leaks_is_stopped(tmp_path: Path) -> None:
+    rows = []
+    for i in range(60):
+        for part in ("train", "test"):
+            query = f"question {i}" if i < 30 else f"{part} question {i} {'of another kind' * (part == 'test')}"
+            rows.append({"query": query, "split": part, "correct": {"a": i % 2, "b": (i // 2) % 2}})
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cfg = evaluate.Config(log=str(tmp_path / "t.jsonl"), proxies="constant", choice="constant", published=True)
+    with Run.open(tmp_path / "run", {}, 0) as run, pytest.raises(ValueError, match="of the 60 held-out queries repeat"):
+        evaluate.main(cfg, run)
