@@ -54,7 +54,8 @@ class Handler(BaseHTTPRequestHandler):
         if mood == "empty":
             return self.reply(200, {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": []})
         total = sum(map(int, text.partition("=")[0].split("+")))
-        said = f"That makes {total}." if "Add" in text else "It is 0."
+        right = mood.removeprefix("likes ") in text if mood.startswith("likes ") else "Add" in text
+        said = f"That makes {total}." if right else "It is 0."
         message = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": said}}
         usage = {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15}
         whole = {

@@ -31,6 +31,7 @@ def load(spec: str | Path, policy: Policy) -> Reward:
         numeric                the right number, from each prompt's `answer` column (see `verifier.NumericVerifier`)
         runs/rm/model          a folder: a reward model on the policy's tokenizer, of whole responses or of steps, one
                                on frozen embeddings, or a text classifier
+        runs/prompts-fit       a folder: what a written prompt would earn on its query (see `prompt_proxy.PromptProxy`)
         novelty:FILE           a bonus for what the responses of a file did not say (see `novelty.Novelty`)
         log_ratio:MODEL        how much likelier a model that was cloned from demonstrations holds a response than the
                                policy, or than a second `,MODEL` (see `log_ratio.LogRatio`)
@@ -108,6 +109,10 @@ def _single(spec: str, whole: str, policy: Policy) -> Reward:
         from tokenmdp.rewards.log_ratio import LogRatio
 
         return LogRatio.load(rest, policy)
+    if folder and any((place / "chooser.json").is_file() for place in (path, path / "model")):
+        from tokenmdp.rewards.prompt_proxy import PromptProxy
+
+        return PromptProxy(path)
     if name in tasks.names() and name != "prompts":
         reward = tasks.load(spec, policy).reward
         if reward is None:

@@ -1,0 +1,90 @@
+"""Write new prompts: propose, rank by the fitted Υ, pay for a small check, keep what the check confirms.
+
+The only trials paid for are those of the check: `check` queries × (`finalists` new prompts and the best constant one).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tokenmdp.models import catalog
+from tokenmdp.models.sampling import Sampling
+from tokenmdp.prompting import collect, sentences, stored, write
+from tokenmdp.run import Run
+from tokenmdp.tasks import files
+
+
+@dataclass(frozen=True)
+class Config:
+    chooser: str = "runs/prompts-fit"  # the run folder of `prompts fit`
+    queries: str = "queries.jsonl"  # query (or question) and answer: what new prompts are ranked and checked on
+    proposals: str = "recombine"  # recombine | the name, folder or hub id of a model that proposes
+    count: int = 24  # prompts proposed
+    finalists: int = 2  # of them that are paid for
+    check: int = 40  # queries of the check
+    model: str = "smollm2-135m-instruct"  # who answers in the check: a model; or what the endpoint calls it
+    endpoint: str = ""  # base URL of an OpenAI-compatible endpoint; empty for a local model
+    max_new_tokens: int = 128
+    temperature: float = 0.7
+    chat: bool = True  # put it to a local model as a user's message
+
+
+def main(cfg: Config, run: Run) -> dict[str, Any]:
+    """Propose, rank, check; kept prompts go to prompts.jsonl."""
+    folder = Path(cfg.chooser)
+    folder = folder if (folder / stored.FILES[0]).is_file() else folder / "model"
+    reads = str(stored.facts_of(folder)["about"].get("sentences", ""))
+    chooser, _ = stored.load(folder, sentences.embedder(reads) if reads else None)
+    rows = [{**row, "query": row.get("query") or row.get("question")} for row in files.rows(cfg.queries)]
+    ranked = write.ranked(chooser, [str(r["query"]) for r in rows], candidates(cfg, chooser.prompts, run))
+    for p in ranked:
+        run.append(
+            "proposals.jsonl", {"prompt_id": p.prompt_id, "prompt": p.prompt, "added": p.added, "expected": p.expected}
+        )
+    finalists = ranked[: cfg.finalists]
+    if not finalists:
+        raise ValueError("nothing new was proposed: raise `count`, or let a model propose")
+    old = {"prompt_id": "constant", "prompt": chooser.prompts[chooser.constant]}
+    texts = [old, *({"prompt_id": p.prompt_id, "prompt": p.prompt} for p in finalists)]
+    order = np.random.default_rng(run.seed).permutation(len(rows))[: cfg.check]
+    path = run.folder / "check.jsonl"
+    paid = pay(cfg, collect.wanted([rows[i] for i in order], texts, 1), path, run)
+    trials = files.rows(path)
+    kept = []
+    for p in finalists:
+        gain = write.checked(trials, p.prompt_id, "constant", run.seed)
+        said = f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] over the best constant prompt"
+        run.note(f"{'kept' if gain.low > 0 else 'dropped'}: {p.prompt!r}, {said}; Υ expected {p.expected:.3f}")
+        if gain.low > 0:
+            kept.append(p)
+            run.append("prompts.jsonl", {"prompt_id": p.prompt_id, "prompt": p.prompt, "gain": gain._asdict()})
+    return {
+        "proposed": len(ranked),
+        "checked": len(finalists),
+        "kept": len(kept),
+        "trials_paid": paid["made"],
+        "cost": paid["cost"],
+    }
+
+
+def candidates(cfg: Config, prompts: tuple[str, ...], run: Run) -> list[str]:
+    """What is proposed."""
+    if cfg.proposals == "recombine":
+        return write.recombined(prompts, cfg.count, np.random.default_rng(run.seed))
+    return write.proposed(catalog.load(cfg.proposals).freeze(), prompts, cfg.count, run.rng)
+
+
+def pay(cfg: Config, asked: list[collect.Asked], path: Path, run: Run) -> dict[str, Any]:
+    """The trials of the check, those not there yet."""
+    sampling = Sampling(cfg.max_new_tokens, cfg.temperature)
+    model: collect.Model
+    if cfg.endpoint:
+        model = collect.Endpoint(cfg.model, sampling, cfg.endpoint)
+    else:
+        model = collect.Local(catalog.load(cfg.model).freeze(), sampling, cfg.chat, seed=run.seed)
+    with run.progress(len(asked), "check", "trials") as bar:
+        return collect.collect(model, asked, collect.Trials(path), advance=bar.advance)
