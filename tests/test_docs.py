@@ -39,10 +39,14 @@ def anchors(text: str) -> set[str]:
 
 
 def commands(text: str, program: str) -> set[str]:
-    """The first argument of `program` wherever a document shows it as code: at the start of a line or of a span."""
+    """The first argument of `program` wherever a document shows it as code, at the start of a line or of a span; of a verb
+    of two words both.
+    """
+    groups = {verb.partition(" ")[0] for verb in cli.find_verbs() if " " in verb}
     shown = [line.removeprefix("$ ") for block in blocks(text) for line in map(str.strip, block.splitlines())]
-    pattern = re.compile(rf"(?:\.venv/bin/)?{program} +([a-zA-Z][\w-]*)\b(?!=)")
-    return {match[1] for line in shown + spans(text) if (match := pattern.match(line))}
+    pattern = re.compile(rf"(?:\.venv/bin/)?{program} +([a-zA-Z][\w-]*)\b(?!=)(?: +([a-zA-Z][\w-]*))?")
+    found = [match for line in shown + spans(text) if (match := pattern.match(line))]
+    return {f"{match[1]} {match[2]}" if match[1] in groups else match[1] for match in found}
 
 
 def tree_entries(block: str) -> list[str]:
