@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
+import torch
 
+from tokenmdp import mdp
+from tokenmdp.models import catalog
+from tokenmdp.models.sampling import Sampling
 from tokenmdp.prompting import choose, judged, proxy
 from tokenmdp.prompting.log import Log
 
@@ -81,6 +87,24 @@ def test_cost_makes_a_prompt_unattractive() -> None:
         choose.Chooser(cost=[1.0]).fit(log_of(0.0))
     with pytest.raises(ValueError, match="calls is 3"):
         free.several(FEW, 3)
+
+
+class Peeks(proxy.Constant):
+    """A proxy that asks the language model, which is what it is there to spare."""
+
+    def predict(self, queries: Sequence[str], prompts: Sequence[str]) -> np.ndarray:
+        policy = catalog.load("tiny")
+        policy.sample([policy.prompt(queries[0])], 1, Sampling(2), torch.Generator())
+        return super().predict(queries, prompts)
+
+
+def test_whoever_asks_the_language_model_while_fitting_or_choosing_is_stopped() -> None:
+    with pytest.raises(mdp.OutOfSetting, match="not in the setting offline_inverse_rl"):
+        choose.Chooser(Peeks).fit(log_of(0.5))
+    chooser = choose.Chooser(Peeks, abstain=False).fit(log_of(0.5))
+    with pytest.raises(mdp.OutOfSetting):
+        chooser.choose(FEW)
+    assert Peeks().fit(log_of(0.5)).predict(FEW, PROMPTS).shape == (2, 2)  # outside it may
 
 
 def test_choices_by_hand() -> None:

@@ -16,10 +16,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenmdp import mdp
 from tokenmdp.prompting import leaks, proxy
 from tokenmdp.prompting.log import Log
 from tokenmdp.prompting.proxy import Boosted, Proxy
 from tokenmdp.stats import Interval
+
+SETTING = "offline_inverse_rl"  # neither learning nor choosing may act: whoever calls the language model here raises
 
 
 class Chooser:
@@ -61,11 +64,10 @@ class Chooser:
         if len(self.charge) != len(log.prompts):
             raise ValueError(f"{len(self.charge)} costs for {len(log.prompts)} prompts: one each")
         self.constant = best_constant(log, self.charge)
-        self.gain: Interval | None = None
-        if self.abstain:
-            self.gain = self._gain(log)
+        with mdp.within(SETTING):
+            self.gain: Interval | None = self._gain(log) if self.abstain else None
+            self.proxy = self.make().fit(log)
         self.abstains = self.gain is not None and not self.gain.low > 0
-        self.proxy = self.make().fit(log)
         return self
 
     def _gain(self, log: Log) -> Interval:
@@ -84,7 +86,8 @@ class Chooser:
 
     def value(self, queries: Sequence[str]) -> NDArray[np.float64]:
         """[Q, P] what Υ says, less what a prompt costs."""
-        return self.proxy.predict(queries, self.prompts) - self.charge
+        with mdp.within(SETTING):
+            return self.proxy.predict(queries, self.prompts) - self.charge
 
     def choose(self, queries: Sequence[str]) -> NDArray[np.int64]:
         """[Q] the number of the prompt for each query."""

@@ -48,9 +48,7 @@ class Config:
     max_new_tokens: int = 24  # the horizon H, in tokens
     temperature: float = 1.0  # of sampling
     beta: float = 1.0  # β of the first iteration: the chance that the expert acts, at each step
-    decay: float = (
-        0.0  # by which β is multiplied from one iteration to the next; 0: the learner alone from the second on
-    )
+    decay: float = 0.0  # times β from one iteration to the next; 0: the learner alone from the second on
     demonstrations: int = 0  # of the task's, in place of the first iteration's rollouts; each token costs a query too
     queries: int = 0  # answers of the expert that can be paid for; 0 for no limit
     timeout: float = 0.0  # seconds that the expert may take for an answer; 0 for no limit
