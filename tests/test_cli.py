@@ -87,6 +87,13 @@ def test_every_verb_has_a_line_of_help() -> None:
         assert verb.help, f"{verb.file} needs a docstring: its first sentence is the help of `tokenmdp {verb.name}`"
 
 
+def test_every_verb_takes_its_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    """No field of a Config is a flag of every run, and each can be printed."""
+    for name in cli.find_verbs():
+        assert cli.main([*name.split(), "--print-config"]) == 0, name
+        assert capsys.readouterr().out, name
+
+
 def test_a_verb_is_a_file_with_config_and_main(tmp_path: Path) -> None:
     for name, text in {
         "recipes/reward_model.py": '"""Fit a reward,\nfor toys. Or not.\n\nMore."""\nclass Config: ...\ndef main(cfg, run): ...\n',

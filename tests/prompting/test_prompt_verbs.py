@@ -59,7 +59,7 @@ def test_what_cannot_be_kept_is_said(tmp_path: Path) -> None:
 def test_fit_then_choose(tmp_path: Path, strength: float, abstains: bool) -> None:
     trials = written(tmp_path, strength)
     with Run.open(tmp_path / "fit", {}, 0) as run:
-        found = fit.main(fit.Config(log=str(trials), proxy="logistic"), run)
+        found = fit.main(fit.Config(trials=str(trials), proxy="logistic"), run)
     assert found["abstains"] is abstains
     cfg = choose.Config(model=str(tmp_path / "fit"), queries=str(tmp_path / "queries.jsonl"), calls=1)
     with Run.open(tmp_path / "choose", {}, 0) as run:
@@ -75,7 +75,7 @@ def test_evaluate_says_whether_choosing_pays(tmp_path: Path, capsys: pytest.Capt
     trials = written(tmp_path, 0.8)
     with Run.open(tmp_path / "run", {}, 0) as run:
         found = evaluate.main(
-            evaluate.Config(log=str(trials), proxies="constant,logistic", choice="logistic", folds=3), run
+            evaluate.Config(trials=str(trials), proxies="constant,logistic", choice="logistic", folds=3), run
         )
     assert found["verdict"].startswith("Choosing a prompt per query pays here")
     summary = json.loads((tmp_path / "run/summary.json").read_text())
@@ -87,6 +87,12 @@ def test_evaluate_says_whether_choosing_pays(tmp_path: Path, capsys: pytest.Capt
         < summary["prediction"]["logistic"]["auc_within_prompt"]
     )
     assert "over the best constant" in capsys.readouterr().out
+    page = (tmp_path / "run/report.html").read_text()
+    assert "Where the choice changed the answer" in page
+    assert all(text in page for text in PROMPTS)
+    rows = summary["by_cluster"]
+    assert sum(row["queries"] for row in rows) == summary["facts"]["queries"]
+    assert {row["after"] - row["before"] for row in summary["changed"]} == {1.0, -1.0}
 
 
 def test_a_published_split_that_leaks_is_stopped(tmp_path: Path) -> None:
@@ -96,6 +102,6 @@ def test_a_published_split_that_leaks_is_stopped(tmp_path: Path) -> None:
             query = f"question {i}" if i < 30 else f"{part} question {i} {'of another kind' * (part == 'test')}"
             rows.append({"query": query, "split": part, "correct": {"a": i % 2, "b": (i // 2) % 2}})
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    cfg = evaluate.Config(log=str(tmp_path / "t.jsonl"), proxies="constant", choice="constant", published=True)
+    cfg = evaluate.Config(trials=str(tmp_path / "t.jsonl"), proxies="constant", choice="neighbours", published=True)
     with Run.open(tmp_path / "run", {}, 0) as run, pytest.raises(ValueError, match="of the 60 held-out queries repeat"):
         evaluate.main(cfg, run)

@@ -16,7 +16,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from tokenmdp.prompting import choose, judged, leaks, proxy
+from tokenmdp.lab import report
+from tokenmdp.prompting import choose, judged, leaks, proxy, shown
 from tokenmdp.prompting import log as logs
 from tokenmdp.prompting.features import Features
 from tokenmdp.run import Run
@@ -24,7 +25,7 @@ from tokenmdp.run import Run
 
 @dataclass(frozen=True)
 class Config:
-    log: str = "trials.jsonl"  # the log: query, prompt_id, reward and more; a file or a hub id
+    trials: str = "trials.jsonl"  # the log: query, prompt_id, reward and more; a file or a hub id
     prompts: str = ""  # a file of prompt_id and prompt, for logs that only name prompts
     only: str = ""  # prompt ids with commas between; empty for all
     proxies: str = "constant,neighbours,logistic,boosted"  # what to compare, with commas between
@@ -35,16 +36,28 @@ class Config:
     published: bool = False  # split as the log's own `split` column says, not by question
     allow_leak: bool = False  # go on although held-out queries repeat others
 
+    def __post_init__(self) -> None:
+        if self.choice == "constant":
+            raise ValueError(
+                "choice is 'constant', which chooses nothing: it is in every table anyway; name another proxy"
+            )
+
 
 def main(cfg: Config, run: Run) -> dict[str, Any]:
     """Read the log, judge the proxies and the choices, print the table."""
-    log = logs.read(cfg.log, cfg.prompts or None)
+    log = logs.read(cfg.trials, cfg.prompts or None)
     log = log.only(cfg.only) if cfg.only else log
     found = evaluate(cfg, log, run)
     (run.folder / "summary.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    page = report.build(run.folder)
     for table in tables(found):
         Console(width=120).print(table)
-    return {"verdict": found["verdict"], "trials": found["facts"]["trials"], "queries": found["facts"]["queries"]}
+    return {
+        "report": str(page),
+        "verdict": found["verdict"],
+        "trials": found["facts"]["trials"],
+        "queries": found["facts"]["queries"],
+    }
 
 
 def evaluate(cfg: Config, log: logs.Log, run: Run) -> dict[str, Any]:
@@ -55,20 +68,26 @@ def evaluate(cfg: Config, log: logs.Log, run: Run) -> dict[str, Any]:
         f"{len(log)} trials of {len(log.prompts)} prompts on {len(log.queries)} queries; {repeated:.1%} repeat another's question"
     )
     if cfg.published:
-        values, constant, shown = published(cfg, log, makers)
+        values, constant, held = published(cfg, log, makers)
     else:
         values, constant = judged.held_out(log, makers, cfg.folds, run.seed)
-        shown = log
+        held = log
     picks = {name: choose.best(value) for name, value in values.items() if name != "constant"}
-    picks[f"{cfg.choice}, abstaining"] = judged.abstaining(
-        log, shown, values[cfg.choice], constant, cfg.inner, run.seed
-    )
-    earned = judged.choices(shown, picks, constant, run.seed)
+    picks[f"{cfg.choice}, abstaining"] = judged.abstaining(log, held, values[cfg.choice], constant, cfg.inner, run.seed)
+    earned = judged.choices(held, picks, constant, run.seed)
+    pick = picks.get(cfg.choice, constant)
     return {
+        "kind": "prompts",
+        "title": "Which prompt for which query",
+        "log": cfg.trials,
+        "choice": cfg.choice,
+        "by_prompt": shown.by_prompt(held, pick),
+        "by_cluster": shown.by_cluster(held, pick, constant, run.seed),
+        "changed": shown.changed(held, pick, constant),
         "verdict": judged.in_words(earned, cfg.choice),
         "facts": {**log.facts, "trials": len(log), "queries": len(log.queries), "prompts": len(log.prompts)},
         "repeated_questions": repeated,
-        "prediction": {name: judged.prediction(shown, value) for name, value in values.items()},
+        "prediction": {name: judged.prediction(held, value) for name, value in values.items()},
         "choices": earned,
     }
 

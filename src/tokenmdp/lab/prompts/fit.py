@@ -16,7 +16,7 @@ from tokenmdp.run import Run
 
 @dataclass(frozen=True)
 class Config:
-    log: str = "trials.jsonl"  # the log: query, prompt_id, reward and more; a file or a hub id
+    trials: str = "trials.jsonl"  # the log: query, prompt_id, reward and more; a file or a hub id
     prompts: str = ""  # a file of prompt_id and prompt, for logs that only name prompts
     only: str = ""  # prompt ids with commas between; empty for all
     proxy: str = "boosted"  # constant | logistic | boosted
@@ -33,14 +33,14 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     """Fit, say what choosing gains over the best constant prompt on questions not seen, and save to `model/`."""
     if cfg.proxy not in stored.KINDS:
         raise ValueError(f"proxy is {cfg.proxy!r}; one that can be kept is {', '.join(stored.KINDS)}")
-    log = logs.read(cfg.log, cfg.prompts or None)
+    log = logs.read(cfg.trials, cfg.prompts or None)
     log = log.only(cfg.only) if cfg.only else log
     make = proxy.named(cfg.proxy, features(cfg.sentences, cfg.components, run.folder / "embeddings"), run.seed)
     chooser = Chooser(make, cfg.abstain, cfg.folds, log.mean_cost(), cfg.price, run.seed).fit(log)
-    path = Path(cfg.log).expanduser()
+    path = Path(cfg.trials).expanduser()
     known = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
     about = {
-        "log": cfg.log,
+        "log": cfg.trials,
         "sha256": known,
         "trials": len(log),
         "queries": len(log.queries),

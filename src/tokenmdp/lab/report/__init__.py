@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from tokenmdp.lab.report import captions, compare_page, demo_page, record, responses, reward_page
+from tokenmdp.lab.report import captions, compare_page, demo_page, prompts_page, record, responses, reward_page
 from tokenmdp.lab.report.folder import Figures, RunFolder, read
 from tokenmdp.lab.report.words import marked, visible
 
@@ -82,6 +82,8 @@ def render(run: RunFolder) -> str:
         return environment.get_template("compare.html.jinja").render(**context, **compare_page.sections(run, summary))
     if summary.text("kind") == "reward-eval":
         return environment.get_template("reward.html.jinja").render(**context, **reward_page.sections(summary))
+    if summary.text("kind") == "prompts":
+        return environment.get_template("prompts.html.jinja").render(**context, **prompts_page.sections(summary))
     if run.summary is not None:
         return environment.get_template("demo.html.jinja").render(**context, **demo_page.sections(run, summary))
     context |= {"tiles": record.key_results(run.result), "curves": record.curves_of(run)}

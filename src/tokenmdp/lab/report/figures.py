@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 
 from tokenmdp.lab.report.folder import Curve, Figures, number
 from tokenmdp.lab.report.ink import canvas, colour, dot, fixed_ticks, label_axes, quiet, svg, whisker
-from tokenmdp.lab.report.words import count, num, percent, visible
+from tokenmdp.lab.report.words import count, num, percent, signed, visible
 from tokenmdp.stats import Interval, wilson
 
+Rung = tuple[str, Interval, str]  # what it is called, the figure, the role of its colour
 POINTS = 240  # a curve of more than twice as many points is drawn as the means and ranges of so many stretches
 
 
@@ -383,3 +384,27 @@ def durations(rows: Sequence[tuple[str, float]]) -> Markup:
     axes.set_ylim(-len(rows) + 0.5, 0.5)
     axes.set_xlim(0, max(value for _, value in rows) or 1)
     return svg(figure, "durations", "Minutes by stage")
+
+
+def ladder(rungs: Sequence[Rung], name: str, words: str, *, unit: bool = False) -> Markup:
+    """One rung a figure, with its interval; the line is one half for shares and 0 for the rest."""
+    height = 25 * len(rungs) + 66
+    top, bottom = 30, 36
+    figure, axes = canvas(560, height, left=142, right=52, top=top, bottom=bottom)
+    quiet(axes, grid="x")
+    fixed_ticks(axes, [0, 0.25, 0.5, 0.75, 1] if unit else None, [])
+    axes.axvline(0.5 if unit else 0, color=colour("muted"), linewidth=1.2, linestyle=(0, (4, 3)))
+    for at, (label, x, role) in enumerate(rungs):
+        whisker(axes, -at, x.low, x.high, role, vertical=False, width=3)
+        dot(axes, x.mean, -at, role, 8)
+        y = (height - top - (at + 0.5) * (height - top - bottom) / len(rungs)) / height
+        figure.text(0, y, visible(label)[:24], color=colour("ink"), fontsize=11, va="center")
+        shown = percent(x.mean) if unit else signed(x.mean)
+        figure.text(1, y, shown, color=colour("muted"), fontsize=11, va="center", ha="right")
+    axes.set_ylim(-len(rungs) + 0.5, 0.5)
+    if unit:
+        axes.set_xlim(-0.02, 1.02)
+    else:
+        axes.margins(x=0.1)
+    label_axes(figure, axes, words)
+    return svg(figure, name, "; ".join(f"{label} {num(x.mean)}" for label, x, _ in rungs))

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from markupsafe import Markup
 
 from tokenmdp.lab.report import figures
 from tokenmdp.lab.report.folder import Figures, number
-from tokenmdp.lab.report.ink import canvas, colour, dot, fixed_ticks, label_axes, quiet, svg, whisker
-from tokenmdp.lab.report.words import count, num, percent, signed, span, visible
+from tokenmdp.lab.report.words import count, num, percent, signed, span
 from tokenmdp.stats import Interval
 
-Rung = tuple[str, Interval, str]  # what it is called, the figure, the role of its colour
 MOST = 24  # subsets drawn; the table has them all
 
 
@@ -22,10 +20,12 @@ def sections(summary: Figures) -> dict[str, Any]:
     rungs, effects = list(accuracies(summary)), list(probes(summary))
     return {
         "tiles": tiles(summary),
-        "accuracies": ladder(rungs, "accuracy", "share of pairs ranked right", unit=True) if rungs else None,
+        "accuracies": figures.ladder(rungs, "accuracy", "share of pairs ranked right", unit=True) if rungs else None,
         "reliability": reliability(summary),
-        "probes": ladder(effects, "probes", "effect on the score, in its spreads") if effects else None,
-        "ranks": ladder(list(ranks(summary)), "ranks", "rank correlation with gold") if list(ranks(summary)) else None,
+        "probes": figures.ladder(effects, "probes", "effect on the score, in its spreads") if effects else None,
+        "ranks": figures.ladder(list(ranks(summary)), "ranks", "rank correlation with gold")
+        if list(ranks(summary))
+        else None,
         "rows": [(name, percent(x.mean), span(x, "percent")) for name, x, _ in accuracies(summary, most=10**6)],
         "counted": [
             (name.replace("_", " "), count(number(value))) for name, value in summary.mapping("pairs.data").items()
@@ -57,7 +57,7 @@ def tiles(summary: Figures) -> list[dict[str, Any]]:
     return out
 
 
-def accuracies(summary: Figures, most: int = MOST) -> Iterator[Rung]:
+def accuracies(summary: Figures, most: int = MOST) -> Iterator[figures.Rung]:
     """All pairs, the plain rule, where length speaks against the answer, without what training saw, each subset."""
     named = [
         ("all pairs", "pairs.accuracy", "accent"),
@@ -77,7 +77,7 @@ def accuracies(summary: Figures, most: int = MOST) -> Iterator[Rung]:
             yield name, x, "arm5"
 
 
-def probes(summary: Figures) -> Iterator[Rung]:
+def probes(summary: Figures) -> Iterator[figures.Rung]:
     """The effect of each probe; what it pays for in one colour, what it marks down in another."""
     found = summary.mapping("pairs.probes.probes")
     for name, probe in found.items():
@@ -85,7 +85,7 @@ def probes(summary: Figures) -> Iterator[Rung]:
             yield name, x, "minus" if x.mean > 0 else "plus"
 
 
-def ranks(summary: Figures) -> Iterator[Rung]:
+def ranks(summary: Figures) -> Iterator[figures.Rung]:
     """Spearman's correlations on the samples."""
     for name, key in (("within prompts", "within"), ("all responses", "pooled"), ("prompts' means", "of_means")):
         if x := summary.interval(f"samples.gold.ranks.{key}"):
@@ -106,27 +106,3 @@ def reliability(summary: Figures) -> Markup | None:
         if known:
             return figures.reliability(known)
     return None
-
-
-def ladder(rungs: Sequence[Rung], name: str, words: str, *, unit: bool = False) -> Markup:
-    """One rung a figure, with its interval; the line is one half for shares and 0 for the rest."""
-    height = 25 * len(rungs) + 66
-    top, bottom = 30, 36
-    figure, axes = canvas(560, height, left=142, right=52, top=top, bottom=bottom)
-    quiet(axes, grid="x")
-    fixed_ticks(axes, [0, 0.25, 0.5, 0.75, 1] if unit else None, [])
-    axes.axvline(0.5 if unit else 0, color=colour("muted"), linewidth=1.2, linestyle=(0, (4, 3)))
-    for at, (label, x, role) in enumerate(rungs):
-        whisker(axes, -at, x.low, x.high, role, vertical=False, width=3)
-        dot(axes, x.mean, -at, role, 8)
-        y = (height - top - (at + 0.5) * (height - top - bottom) / len(rungs)) / height
-        figure.text(0, y, visible(label)[:24], color=colour("ink"), fontsize=11, va="center")
-        shown = percent(x.mean) if unit else signed(x.mean)
-        figure.text(1, y, shown, color=colour("muted"), fontsize=11, va="center", ha="right")
-    axes.set_ylim(-len(rungs) + 0.5, 0.5)
-    if unit:
-        axes.set_xlim(-0.02, 1.02)
-    else:
-        axes.margins(x=0.1)
-    label_axes(figure, axes, words)
-    return svg(figure, name, "; ".join(f"{label} {num(x.mean)}" for label, x, _ in rungs))
