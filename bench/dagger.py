@@ -169,7 +169,7 @@ def ask(world: World, labels: int, stage: Run, phases: int = 0, decay: float = 0
     phases = phases or s.phases
     prompts, samples = shares(world, labels - labels // phases, phases - 1)
     cfg = dagger.Config(
-        steps=phases, prompts=prompts, samples=samples, max_new_tokens=s.horizon, beta=decay, decay=decay,
+        steps=phases, prompts=prompts, samples=samples, max_new_tokens=s.horizon, mixture=decay, decay=decay,
         demonstrations=len(world.shown(labels // phases)), queries=labels, updates=s.updates // phases, rows=s.rows,
         learning_rate=s.learning_rate,
     )  # fmt: skip

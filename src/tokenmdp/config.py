@@ -62,17 +62,17 @@ COUNT, NOT_NEGATIVE, POSITIVE = Range(1), Range(0), Range(0, ends="(]")
 FRACTION, SHARE = Range(0, 1), Range(0, 1, "()")
 
 RANGES: Mapping[str, Range] = {
-    **dict.fromkeys(("steps", "rows", "prompts", "samples", "epochs", "minibatches", "pairs", "demonstrations"), COUNT),
-    **dict.fromkeys(("max_new_tokens", "max_tokens", "micro_tokens", "evaluate_every", "sync"), COUNT),
+    **dict.fromkeys(("steps", "rows", "prompts", "samples", "epochs", "minibatches", "pairs"), COUNT),
+    **dict.fromkeys(("max_new_tokens", "max_tokens", "micro_tokens", "evaluate_every", "sync", "updates"), COUNT),
     **dict.fromkeys(("n", "k", "block", "chunk"), COUNT),
     **dict.fromkeys(
         ("kl", "kl_target", "clip", "clip_high", "entropy", "truncation", "centring", "margin"), NOT_NEGATIVE
     ),
     **dict.fromkeys(("desirable", "undesirable", "demo_weight", "cql", "temperature"), NOT_NEGATIVE),
     **dict.fromkeys(("warmup", "warm_steps", "futures", "rollouts", "overlong", "dynamic_sampling"), NOT_NEGATIVE),
-    **dict.fromkeys(("top_k", "threads"), NOT_NEGATIVE),
+    **dict.fromkeys(("top_k", "threads", "demonstrations", "queries", "timeout"), NOT_NEGATIVE),
     **dict.fromkeys(("learning_rate", "rate", "beta", "sigma"), POSITIVE),
-    **dict.fromkeys(("gamma", "lam", "demo_decay"), FRACTION),
+    **dict.fromkeys(("gamma", "lam", "demo_decay", "mixture", "decay"), FRACTION),
     **dict.fromkeys(("target_rate", "top_p"), Range(0, 1, "(]")),
     **dict.fromkeys(("held_out", "keep", "tau"), SHARE),
     "label_smoothing": Range(0, 0.5, "[)"),

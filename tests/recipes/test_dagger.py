@@ -111,7 +111,7 @@ def test_a_budget_ends_the_asking_and_not_the_learning(tmp_path: Path) -> None:
 
 
 def test_demonstrations_are_paid_for_too(tmp_path: Path) -> None:
-    cfg, pieces = build_dagger(steps=1, beta=0.0, demonstrations=12, queries=0)
+    cfg, pieces = build_dagger(steps=1, mixture=0.0, demonstrations=12, queries=0)
     task = pieces[2]
     with Run.open(tmp_path / "run", config={}, seed=0) as run:
         _, figures = dagger.train(cfg, *pieces, run=run)
@@ -147,7 +147,7 @@ def test_it_learns_what_the_expert_does_where_the_learner_gets_to(tmp_path: Path
 
 def test_what_a_config_cannot_mean_is_said() -> None:
     for wrong, message in (
-        ({"beta": 1.5}, r"beta=1\.5"),
+        ({"mixture": 1.5}, r"mixture=1\.5"),
         ({"decay": -0.1}, r"decay=-0\.1"),
         ({"rows": 0}, "rows=0"),
         ({"queries": -1}, "queries=-1"),

@@ -47,7 +47,7 @@ class Config:
     samples: int = 1  # responses a prompt
     max_new_tokens: int = 24  # the horizon H, in tokens
     temperature: float = 1.0  # of sampling
-    beta: float = 1.0  # β of the first iteration: the chance that the expert acts, at each step
+    mixture: float = 1.0  # β of the first iteration: the chance that the expert acts, at each step
     decay: float = 0.0  # times β from one iteration to the next; 0: the learner alone from the second on
     demonstrations: int = 0  # of the task's, in place of the first iteration's rollouts; each token costs a query too
     queries: int = 0  # answers of the expert that can be paid for; 0 for no limit
@@ -59,9 +59,9 @@ class Config:
     micro_tokens: int = 2048  # padded positions in a micro-batch; changes memory, never the gradient
 
     def __post_init__(self) -> None:
-        if not (0 <= self.beta <= 1 and 0 <= self.decay <= 1 and self.temperature > 0):
+        if not (0 <= self.mixture <= 1 and 0 <= self.decay <= 1 and self.temperature > 0):
             raise ValueError(
-                f"beta={self.beta}, decay={self.decay}, temperature={self.temperature}: the first two are shares from 0 to "
+                f"mixture={self.mixture}, decay={self.decay}, temperature={self.temperature}: the first two are shares from 0 to "
                 "1, the last is positive"
             )
         if min(self.steps, self.prompts, self.samples, self.updates, self.rows) < 1 or self.queries < 0:
@@ -98,7 +98,7 @@ def train(cfg: Config, start: Policy, expert: Expert, task: Task, run: Run) -> t
         return imitation.nll(policy.evaluate(part, of=action)["logp"]), {}
 
     for step in run.steps(cfg.steps, learner, gathered, asked, title="DAgger", setting=SETTING):
-        metrics = {"expert/beta": cfg.beta * cfg.decay**step}
+        metrics = {"expert/beta": cfg.mixture * cfg.decay**step}
         # 1. Act, at times by the expert's hand; ask what the expert would have done all along the way.
         if ledger.left("queries") != 0 and not (step == 0 and cfg.demonstrations):
             prompts = task.draw(cfg.prompts, run.rng)
