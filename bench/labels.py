@@ -58,7 +58,7 @@ import labels_toy
 from labels_choice import CHOICES, SHARPNESS, Pool, buy, interval, versus
 from tokenmdp import stats
 from tokenmdp.ledger import Ledger
-from tokenmdp.models import catalog, embedding
+from tokenmdp.models import catalog, embedding, embedding_cache
 from tokenmdp.models.policy import Policy
 from tokenmdp.models.sampling import Sampling
 from tokenmdp.recipes import grpo, sft
@@ -153,8 +153,8 @@ def prepare(run: Run, size: Size, reviews: Path | None) -> World:
     pool = drawn(run.stage("pool"), policy, task.train[: size.pool], size.samples, size)
     held_out = drawn(run.stage("held_out"), policy, task.held_out[: size.held_out], size.candidates, size)
     body = embedding.OwnBody(policy, over="response")
-    cache = embedding.Cache(run.folder / "embeddings", body)
-    features = [embedding.embedded(body, b, cache) for b in (pool, held_out)]
+    cache = embedding_cache.Cache(run.folder / "embeddings", body)
+    features = [embedding_cache.embedded(body, b, cache) for b in (pool, held_out)]
     golds = [task.reward(b).value for b in (pool, held_out)]
     return World(policy, task, task.reward, pool, held_out, *features, *golds)
 

@@ -56,8 +56,8 @@ import common
 from tokenmdp import stats
 from tokenmdp.lab import concordance, pair_figures, preference_file
 from tokenmdp.lab.pair_figures import Scored, by_cluster, rate, right
-from tokenmdp.models import catalog, embedding
-from tokenmdp.models.embedding import Cache, OwnBody
+from tokenmdp.models import catalog, embedding_cache
+from tokenmdp.models.embedding import OwnBody
 from tokenmdp.models.policy import Policy
 from tokenmdp.models.sampling import Sampling
 from tokenmdp.recipes import reward_model
@@ -169,7 +169,7 @@ def labelled(gold: Array, kind: str, sharpness: float, seed: int) -> tuple[Index
 def embedded(policy: Policy, batch: Batch, kept: Path | None = None) -> Tensor:
     """[B, D] the mean state of the frozen body over each row; `kept` is a folder for what was read."""
     body = OwnBody(policy)
-    return embedding.embedded(body, batch, None if kept is None else Cache(kept, body)).cpu()
+    return embedding_cache.embedded(body, batch, None if kept is None else embedding_cache.Cache(kept, body)).cpu()
 
 
 def tuned(run: Run, name: str, policy: Policy, learned: Pairs, kept: Pairs, size: Size) -> RewardModel:

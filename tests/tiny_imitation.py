@@ -38,7 +38,7 @@ def taught() -> Task:
 
 def build_dagger(**changes: Any) -> tuple[dagger.Config, Sequence[Any]]:
     settings = {
-        "steps": 4, "prompts": 4, "samples": 2, "max_new_tokens": 5, "beta": 0.8, "decay": 0.5, "demonstrations": 2,
+        "steps": 4, "prompts": 4, "samples": 2, "max_new_tokens": 5, "mixture": 0.8, "decay": 0.5, "demonstrations": 2,
         "queries": 100, "updates": 2, "rows": 6, "learning_rate": 3e-3, "micro_tokens": 40,
     }  # fmt: skip
     return dagger.Config(**{**settings, **changes}), (policy(), Counting(), taught())
