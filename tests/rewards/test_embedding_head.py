@@ -144,4 +144,4 @@ def test_a_head_that_cannot_be_is_refused():
 )
 def test_what_cannot_be_fitted(changes: dict[str, object], message: str):
     with pytest.raises(ValueError, match=message):
-        fit(**{"chosen": torch.ones(1, 2), "rejected": torch.zeros(1, 2), **changes})  # type: ignore[arg-type]
+        fit(**{"chosen": torch.ones(1, 2), "rejected": torch.zeros(1, 2), **changes})

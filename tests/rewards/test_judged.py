@@ -29,7 +29,7 @@ def test_accuracy_calibration_and_length():
     assert found["n_pairs"] == 4
     # Seen from sides 1, 2, 1, 2: σ(1) = .731 and it was, ½ and it was not, σ(−2) = .119 and it was, σ(−1) = .269 and not.
     assert found["ece"] == pytest.approx((0.269 + 0.5 + 0.881 + 0.269) / 4, abs=1e-3)
-    low, high = found["length_correlation_ci"]  # type: ignore[misc]
+    low, high = found["length_correlation_ci"]
     assert low <= found["length_correlation"] <= high
 
 

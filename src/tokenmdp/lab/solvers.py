@@ -145,17 +145,8 @@ class Metered(Run):
         self.__dict__ = vars(stage)  # not a copy: what one of the two opens or counts, the other knows
         self.meter = Meter(tokens)
 
-    def steps(
-        self,
-        n: int,
-        *state: Any,
-        title: str,
-        every_seconds: float = 60.0,
-        keep: int = 2,
-        setting: str | None = None,
-    ) -> Iterator[int]:
-        own = (*state, self.meter)
-        for step in super().steps(n, *own, title=title, every_seconds=every_seconds, keep=keep, setting=setting):
+    def steps(self, n: int, *state: Any, **options: Any) -> Iterator[int]:
+        for step in super().steps(n, *state, self.meter, **options):
             yield step
             if self.meter.done:
                 return

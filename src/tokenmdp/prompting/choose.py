@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenmdp import mdp
-from tokenmdp.prompting import leaks, proxy
+from tokenmdp.prompting import intervals, leaks, proxy
 from tokenmdp.prompting.log import Log
 from tokenmdp.prompting.proxy import Boosted, Proxy
 from tokenmdp.stats import Interval
@@ -82,7 +82,7 @@ class Chooser:
             known = ~np.isnan(difference)  # of a log that did not try everything, the queries that tell
             gained.append(difference[known])
             group.append(names[held][known])
-        return grouped_mean(np.concatenate(gained), np.concatenate(group), seed=self.seed)
+        return intervals.grouped_mean(np.concatenate(gained), np.concatenate(group), seed=self.seed)
 
     def value(self, queries: Sequence[str]) -> NDArray[np.float64]:
         """[Q, P] what Υ says, less what a prompt costs."""
@@ -127,23 +127,3 @@ def vote(answers: Sequence[str | None]) -> str | None:
     """
     given = [answer for answer in answers if answer is not None]
     return max(given, key=lambda answer: (given.count(answer), -given.index(answer))) if given else None
-
-
-def grouped_mean(
-    value: NDArray[np.float64], group: NDArray[np.int64], resamples: int = 2000, seed: int = 0
-) -> Interval:
-    """The mean over items with a 95 % interval that resamples whole groups.
-
-    Raises:
-        ValueError: fewer than two groups.
-    """
-    _, place = np.unique(group, return_inverse=True)
-    total, count = np.bincount(place, value), np.bincount(place)
-    if len(total) < 2:
-        raise ValueError(f"{len(total)} question: an interval over questions needs at least two")
-    rng = np.random.default_rng(seed)
-    even = np.full(len(total), 1 / len(total))
-    drawn = [rng.multinomial(len(total), even) for _ in range(resamples)]
-    means = [float(c @ total / (c @ count)) for c in drawn]
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Interval(float(value.mean()), float(low), float(high))

@@ -71,7 +71,7 @@ class Local:
     Args:
         chat: put the text to it as a user's message, through its chat template.
         rows: trials answered at a time.
-        seed: of the sampling; a trial's answer depends on this, its query, its prompt and its repeat alone.
+        seed: of the sampling; the answers to `rows` trials asked together depend on it and on which these are.
     """
 
     def __init__(self, policy: Policy, sampling: Sampling, chat: bool = True, rows: int = 16, seed: int = 0) -> None:

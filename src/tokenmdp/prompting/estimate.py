@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenmdp.prompting.intervals import grouped_ratio
 from tokenmdp.prompting.log import Log
 from tokenmdp.stats import Interval
 
@@ -114,27 +115,7 @@ def estimate(
     parts = terms(name, log, policy, value, w)
     divisor = w if name == "snips" and w is not None else np.ones(len(log))
     which = (np.arange(len(log.queries)) if groups is None else groups)[log.query]
-    _, which = np.unique(which, return_inverse=True)
-    top, bottom = (np.asarray(np.bincount(which, x), dtype=np.float64) for x in (parts, divisor))
-    if len(top) < 2:
-        raise ValueError(f"{len(top)} question in the log: an interval over questions needs at least two")
-    return _ratio(top, bottom, resamples, seed)
-
-
-def _ratio(top: NDArray[np.float64], bottom: NDArray[np.float64], resamples: int, seed: int) -> Interval:
-    """Σ top / Σ bottom with a percentile bootstrap interval over its parts."""
-    rng = np.random.default_rng(seed)
-    even = np.full(len(top), 1 / len(top))
-    found = np.full(resamples, np.nan)
-    for i in range(resamples):  # one at a time: a million questions are eight megabytes a resample
-        counts = rng.multinomial(len(top), even)
-        below = counts @ bottom
-        found[i] = counts @ top / below if below else np.nan
-    total = bottom.sum()
-    if not total or np.isnan(found).all():
-        raise ValueError("all weights are 0: the log never tried what the policy chooses, so it says nothing about it")
-    low, high = np.nanquantile(found, [0.025, 0.975])
-    return Interval(float(top.sum() / total), float(low), float(high))
+    return grouped_ratio(parts, divisor, which, resamples, seed)
 
 
 def overlap(w: NDArray[np.float64]) -> Overlap:

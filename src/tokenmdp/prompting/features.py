@@ -149,10 +149,9 @@ class Features:
         return np.concatenate(parts, axis=1)
 
 
-def _reducer(matrix: object, components: int, seed: int) -> TruncatedSVD | None:
+def _reducer(matrix: Any, components: int, seed: int) -> TruncatedSVD | None:
     """Singular vectors of a matrix [N, W]; none where it is too small to have as many."""
-    size = min(matrix.shape)  # type: ignore[attr-defined]
-    count = min(components, size - 1)
+    count = min(components, min(matrix.shape) - 1)
     return TruncatedSVD(count, random_state=seed).fit(matrix) if count >= 1 else None
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy import stats as scipy_stats
 
 from tokenmdp import stats
-from tokenmdp.prompting import choose, leaks, proxy, splits
+from tokenmdp.prompting import choose, intervals, leaks, proxy, splits
 from tokenmdp.prompting.log import Log, retest
 from tokenmdp.prompting.proxy import Proxy
 
@@ -105,7 +105,7 @@ def abstaining(
         at = tried[others]
         gained = table[at, picks[at]] - table[at, constant[at]]
         known = ~np.isnan(gained)
-        if choose.grouped_mean(gained[known], group[at][known], seed=seed).low > 0:
+        if intervals.grouped_mean(gained[known], group[at][known], seed=seed).low > 0:
             out[tried[mine]] = picks[tried[mine]]
     return out
 
@@ -138,8 +138,8 @@ def choices(
         both = known & ~np.isnan(reward) & ~np.isnan(earned[CONSTANT])
         difference = (reward - earned[CONSTANT])[both]
         out[name] = {
-            "reward": choose.grouped_mean(reward[both], group[both], seed=seed)._asdict(),
-            "over_constant": choose.grouped_mean(difference, group[both], seed=seed)._asdict(),
+            "reward": intervals.grouped_mean(reward[both], group[both], seed=seed)._asdict(),
+            "over_constant": intervals.grouped_mean(difference, group[both], seed=seed)._asdict(),
             "queries": int(both.sum()),
         }
     return out

@@ -10,17 +10,12 @@ from sklearn.cluster import KMeans
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from tokenmdp import stats
-from tokenmdp.prompting import choose, leaks
+from tokenmdp.prompting import intervals, leaks
 from tokenmdp.prompting.features import Features
 from tokenmdp.prompting.log import Log
 
-KINDS, FEWEST, WORDS, EXAMPLES, LONGEST = (
-    6,
-    20,
-    3,
-    16,
-    240,
-)  # of clusters, queries in one, words of its name; rows; characters
+KINDS, FEWEST, WORDS = 6, 20, 3  # clusters at most, queries in one that make an interval, words of its name
+EXAMPLES, LONGEST = 16, 240  # rows, and characters of a text
 
 
 def by_prompt(log: Log, pick: NDArray[np.int64]) -> list[dict[str, Any]]:
@@ -75,7 +70,7 @@ def by_cluster(log: Log, pick: NDArray[np.int64], constant: NDArray[np.int64], s
             "text": texts[middle][:LONGEST],
         }
         if len(np.unique(group[at][known])) >= FEWEST:
-            row["over_constant"] = choose.grouped_mean(gained[known], group[at][known], seed=seed)._asdict()
+            row["over_constant"] = intervals.grouped_mean(gained[known], group[at][known], seed=seed)._asdict()
         out.append(row)
     return out
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from tokenmdp.models.trees import Trees
+from tokenmdp.prompting import sentences
 from tokenmdp.prompting.choose import Chooser
 from tokenmdp.prompting.features import Embed, Features
 from tokenmdp.prompting.proxy import Boosted, Constant, Crossed, Logistic, Proxy
@@ -67,15 +68,20 @@ def save(chooser: Chooser, folder: Path, about: Mapping[str, Any]) -> None:
 
 
 def load(folder: Path, embed: Embed | None = None) -> tuple[Chooser, dict[str, Any]]:
-    """The chooser in a folder, and what it was fitted on.
+    """The chooser in a folder or in its `model/`, as a run's, and what it was fitted on.
 
     Args:
-        embed: the sentence model it was fitted with, where it uses one.
+        embed: the sentence model it was fitted with; None for the one that is named there.
 
     Raises:
-        ValueError: the folder holds no chooser, or one that embeds and `embed` is not given.
+        ValueError: the folder holds no chooser, or one whose sentence model is neither given nor named.
     """
-    facts = facts_of(folder)
+    folder = folder if (folder / FILES[0]).is_file() else folder / "model"
+    if not all((folder / name).is_file() for name in FILES):
+        raise ValueError(f"{folder} holds no chooser ({' and '.join(FILES)}): make one with `tokenmdp prompts fit`")
+    facts = json.loads((folder / FILES[0]).read_text(encoding="utf-8"))
+    if embed is None and facts["about"].get("sentences"):
+        embed = sentences.embedder(str(facts["about"]["sentences"]))
     arrays = {name: tensor.numpy() for name, tensor in load_file(folder / FILES[1]).items()}
     chooser = Chooser(KINDS[facts["proxy"]])
     chooser.prompts = tuple(facts["prompts"])
@@ -84,17 +90,6 @@ def load(folder: Path, embed: Embed | None = None) -> tuple[Chooser, dict[str, A
     chooser.charge = arrays["charge"]
     chooser.proxy = _proxy(facts, arrays, embed)
     return chooser, facts["about"]
-
-
-def facts_of(folder: Path) -> dict[str, Any]:
-    """What chooser.json says.
-
-    Raises:
-        ValueError: the folder holds no chooser.
-    """
-    if not all((folder / name).is_file() for name in FILES):
-        raise ValueError(f"{folder} holds no chooser ({' and '.join(FILES)}): make one with `tokenmdp prompts fit`")
-    return dict(json.loads((folder / FILES[0]).read_text(encoding="utf-8")))
 
 
 def _proxy(facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], embed: Embed | None) -> Proxy:

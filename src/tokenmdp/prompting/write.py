@@ -19,7 +19,7 @@ import torch
 
 from tokenmdp.models.policy import Policy
 from tokenmdp.models.sampling import Sampling
-from tokenmdp.prompting import choose, leaks
+from tokenmdp.prompting import intervals, leaks
 from tokenmdp.prompting.choose import Chooser
 from tokenmdp.prompting.log import name_of
 from tokenmdp.stats import Interval
@@ -109,4 +109,4 @@ def checked(trials: Iterable[Mapping[str, Any]], prompt_id: str, constant_id: st
             f"{len(both)} queries have trials of both {prompt_id!r} and {constant_id!r}: at least two are needed"
         )
     difference = np.asarray([reward[prompt_id][name] - reward[constant_id][name] for name in both])
-    return choose.grouped_mean(difference, leaks.groups([queries[name] for name in both]), seed=seed)
+    return intervals.grouped_mean(difference, leaks.groups([queries[name] for name in both]), seed=seed)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from tokenmdp import mdp
-from tokenmdp.prompting import sentences, stored
+from tokenmdp.prompting import stored
 from tokenmdp.types import Batch, Score
 
 
@@ -28,17 +28,18 @@ class PromptProxy:
     """
 
     def __init__(self, folder: Path, column: str = "query", name: str = "upsilon") -> None:
-        folder = folder if (folder / stored.FILES[0]).is_file() else folder / "model"
-        reads = str(stored.facts_of(folder)["about"].get("sentences", ""))
-        self.chooser, _ = stored.load(folder, sentences.embedder(reads) if reads else None)
+        self.chooser, _ = stored.load(folder)
         self.column, self.name = column, name
 
     def __call__(self, batch: Batch) -> Score:
         """[B] Υ; a response without a word has no verdict."""
         mdp.touch("learned_reward")
         value = torch.full((len(batch),), float("nan"))
+        rows: dict[str, list[int]] = {}  # of each query: its samples are asked about together
         for i, (prompt, text) in enumerate(zip(batch.prompts, batch.texts, strict=True)):
             if text.strip():
-                query = str(prompt.columns.get(self.column) or prompt.text)
-                value[i] = float(self.chooser.proxy.predict([query], [text.strip()])[0, 0])
+                rows.setdefault(str(prompt.columns.get(self.column) or prompt.text), []).append(i)
+        for query, at in rows.items():
+            said = self.chooser.proxy.predict([query], [batch.texts[i].strip() for i in at])[0]
+            value[at] = torch.from_numpy(said).float()
         return Score.of(value.to(batch.tokens.device))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenmdp.prompting import sentences, stored
+from tokenmdp.prompting import stored
 from tokenmdp.run import Run
 from tokenmdp.tasks import files
 
@@ -21,10 +21,7 @@ class Config:
 
 def main(cfg: Config, run: Run) -> dict[str, Any]:
     """Write choices.jsonl: query, the prompts, and what Υ expects of each."""
-    folder = Path(cfg.model)
-    folder = folder if (folder / stored.FILES[0]).is_file() else folder / "model"
-    reads = str(stored.facts_of(folder)["about"].get("sentences", ""))
-    chooser, about = stored.load(folder, sentences.embedder(reads) if reads else None)
+    chooser, about = stored.load(Path(cfg.model))
     rows = files.rows(cfg.queries)[: cfg.limit or None]
     texts = [_query(row, number) for number, row in enumerate(rows, 1)]
     value = chooser.value(texts)

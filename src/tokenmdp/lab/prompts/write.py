@@ -13,7 +13,7 @@ import numpy as np
 
 from tokenmdp.models import catalog
 from tokenmdp.models.sampling import Sampling
-from tokenmdp.prompting import collect, sentences, stored, write
+from tokenmdp.prompting import collect, stored, write
 from tokenmdp.run import Run
 from tokenmdp.tasks import files
 
@@ -35,10 +35,7 @@ class Config:
 
 def main(cfg: Config, run: Run) -> dict[str, Any]:
     """Propose, rank, check; kept prompts go to prompts.jsonl."""
-    folder = Path(cfg.chooser)
-    folder = folder if (folder / stored.FILES[0]).is_file() else folder / "model"
-    reads = str(stored.facts_of(folder)["about"].get("sentences", ""))
-    chooser, _ = stored.load(folder, sentences.embedder(reads) if reads else None)
+    chooser, _ = stored.load(Path(cfg.chooser))
     rows = [{**row, "query": row.get("query") or row.get("question")} for row in files.rows(cfg.queries)]
     ranked = write.ranked(chooser, [str(r["query"]) for r in rows], candidates(cfg, chooser.prompts, run))
     for p in ranked:
