@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 import common
-from tokenmdp.prompting import choose, estimate, judged, leaks, proxy, splits
+from tokenmdp.prompting import choose, estimate, judged, leaks, proxy, splits, stacked
 from tokenmdp.prompting import log as logs
 from tokenmdp.prompting.log import Log
 
@@ -86,7 +86,7 @@ def llama2(folder: Path, quick: bool, console: Console) -> dict[str, Any]:
         log, six = read(folder, name)
         log = cut(log.of_prompts(six).compact(), quick)
         start = time.monotonic()
-        makers = {which: proxy.named(which, seed=SEED) for which in (PROXIES[:3] if quick else PROXIES)}
+        makers = {which: stacked.named(which, seed=SEED) for which in (PROXIES[:3] if quick else PROXIES)}
         choice = "logistic" if quick else CHOICE
         values, constant = judged.held_out(log, makers, FOLDS, SEED)
         picks = {which: choose.best(value) for which, value in values.items() if which != "constant"}
@@ -120,7 +120,7 @@ def known_prompts(log: Log, choice: str) -> dict[str, Any]:
     for count in range(1, len(log.prompts) + 1):
         part = log.of_queries(learned).of_prompts(range(count))
         value = np.full((len(log.queries), len(log.prompts)), np.nan)
-        value[held] = proxy.named(choice, seed=SEED)().fit(part).predict(texts, log.prompts)
+        value[held] = stacked.named(choice, seed=SEED)().fit(part).predict(texts, log.prompts)
         constant = np.full(len(log.queries), choose.best_constant(part))
         earned = judged.choices(rest, {"pick": choose.best(value)}, constant, SEED)
         unseen = rest.of_prompts(range(count, len(log.prompts)))
@@ -144,7 +144,7 @@ def unseen_prompts(folder: Path) -> dict[str, Any]:
     rest = log.of_queries(asked)
     part = log.of_queries(np.setdiff1d(log.tried(), asked)).of_prompts(six)
     value = np.full((len(log.queries), len(log.prompts)), np.nan)
-    value[asked] = proxy.named(CHOICE, seed=SEED)().fit(part).predict([log.queries[i] for i in asked], log.prompts)
+    value[asked] = stacked.named(CHOICE, seed=SEED)().fit(part).predict([log.queries[i] for i in asked], log.prompts)
     among = np.where(np.isin(np.arange(len(log.prompts)), ten), value, -np.inf)
     constant = np.full(len(log.queries), choose.best_constant(part))
     unseen = rest.of_prompts(ten)
@@ -225,7 +225,7 @@ def ope(folder: Path, quick: bool, console: Console) -> dict[str, Any]:
     learned, asked = splits.halves(leaks.groups(log.queries), 0.6, SEED)
     part = log.of_queries(learned)
     texts = [log.queries[i] for i in asked]
-    value = proxy.named("logistic")().fit(part).predict(texts, log.prompts)
+    value = stacked.named("logistic")().fit(part).predict(texts, log.prompts)
     truth = log.matrix()[asked]
     targets = {
         "per query": estimate.greedy(choose.best(value), len(log.prompts)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from tokenmdp import mdp
 from tokenmdp.models import catalog
 from tokenmdp.models.sampling import Sampling
-from tokenmdp.prompting import choose, judged, proxy
+from tokenmdp.prompting import choose, judged, proxy, stacked
 from tokenmdp.prompting.log import Log
 
 ANIMALS, TOOLS = ("cat", "dog", "horse", "cow"), ("hammer", "saw", "drill", "wrench")
@@ -41,7 +42,7 @@ FEW = ["Tell me about the cow number 1000", "Tell me about the saw number 1001"]
 
 @pytest.mark.parametrize("name", ["neighbours", "logistic", "boosted", "two-tower", "factorised"])
 def test_a_proxy_learns_which_prompt_suits_which_query(name: str) -> None:
-    make = proxy.named(name)
+    make = stacked.named(name)
     log = log_of(0.8)
     value = make().fit(log).predict(FEW, PROMPTS)
     assert value.shape == (2, 2)
@@ -64,14 +65,77 @@ def test_calibration_shrinks_what_is_too_sure() -> None:
     """Noise alone: trees that fit it are pulled back to the base rate."""
     log = log_of(0.0)
     held = log_of(0.0, 200, seed=2)
-    raw = proxy.Boosted(trees=100, smallest=3).fit(log).predict(held.queries, held.prompts)
-    mended = proxy.Calibrated(lambda: proxy.Boosted(trees=100, smallest=3)).fit(log).predict(held.queries, held.prompts)
+
+    def make() -> proxy.Boosted:
+        return proxy.Boosted(trees=100, smallest=3)
+
+    raw = make().fit(log).predict(held.queries, held.prompts)
+    mended = stacked.Stacked([make]).fit(log).predict(held.queries, held.prompts)
     assert judged.prediction(held, mended)["ece"] < judged.prediction(held, raw)["ece"]
+
+
+class Known:
+    """A proxy that knows how hard a query is, and of the prompts what `says` makes of it."""
+
+    def __init__(self, says: float) -> None:
+        self.says = says
+
+    def fit(self, log: Log) -> Known:
+        return self
+
+    def predict(self, queries: Sequence[str], prompts: Sequence[str]) -> np.ndarray:
+        number = np.asarray([float(q.split()[-1]) for q in queries])
+        hard, suits = np.sin(number) * 2, np.cos(number)
+        which = np.asarray([PROMPTS.index(p) - 0.5 if p in PROMPTS else 0.0 for p in prompts])
+        return 1 / (1 + np.exp(-(hard[:, None] + self.says * suits[:, None] * which)))
+
+
+def logit_log(count: int, b: tuple[float, float], c: float, d: float) -> Log:
+    """Rewards that are the probabilities of a stack with these weights over `Known(2)` themselves."""
+    queries = [f"query {i}" for i in range(count)]
+    every, which = np.repeat(np.arange(count), 2), np.tile([0, 1], count)
+    logit = np.log(1 / (1 / Known(2.0).predict(queries, PROMPTS) - 1))
+    mean = logit.mean(1, keepdims=True)
+    reward = 1 / (1 + np.exp(-(np.asarray(b) + c * mean + d * (logit - mean))))
+    names = tuple(queries)
+    return Log(names, names, PROMPTS, ("n", "w"), every, which, reward.reshape(-1), every * 0)
+
+
+def test_a_stack_finds_the_weights_of_what_all_queries_share_and_of_what_suits_them() -> None:
+    log = logit_log(2000, (0.3, -0.2), c=0.8, d=0.4)
+    found = stacked.Stacked([lambda: Known(2.0)]).fit(log)
+    assert found.intercept == pytest.approx([0.3, -0.2], abs=0.02)
+    assert (found.common[0], found.own[0]) == (pytest.approx(0.8, abs=0.02), pytest.approx(0.4, abs=0.02))
+    said = found.predict(log.queries[:9], [*PROMPTS, "never seen"])
+    np.testing.assert_allclose(said[:, :2].reshape(-1), log.reward[:18], atol=5e-3)
+    between = np.sort(said[:, :2], axis=1)
+    assert ((between[:, 0] <= said[:, 2]) & (said[:, 2] <= between[:, 1])).any(), (
+        "of no prompt's own, but of the query's"
+    )
+
+
+def test_what_a_member_says_of_prompts_is_not_heard_where_it_is_the_wrong_way_round() -> None:
+    found = stacked.Stacked([lambda: Known(-2.0)]).fit(logit_log(400, (0.3, -0.2), c=0.8, d=0.4))
+    assert found.own[0] == 0
+    assert (choose.best(found.predict([f"query {i}" for i in range(50)], PROMPTS)) == 0).all(), "the best constant"
+
+
+def test_the_held_out_predictions_of_a_stack_did_not_see_their_rewards() -> None:
+    """Turning one fold's rewards round changes nothing that is said of it."""
+    log = log_of(0.8, 120)
+    first = stacked.Stacked([lambda: proxy.Logistic()]).fit(log)
+    reward = np.where(first.fold[log.query] == 2, 1 - log.reward, log.reward)
+    other = stacked.Stacked([lambda: proxy.Logistic()]).fit(replace(log, reward=reward))
+    mine = first.fold == 2
+    # Its members never saw the fold; the weights were learned on the other folds' predictions, by members that did.
+    np.testing.assert_allclose(other.held[mine], first.held[mine], atol=0.25)
+    assert (choose.best(other.held[mine]) == choose.best(first.held[mine])).mean() > 0.9
+    assert not np.allclose(other.held[~mine], first.held[~mine])
 
 
 @pytest.mark.parametrize(("strength", "abstains"), [(0.8, False), (0.0, True)])
 def test_a_chooser_abstains_where_there_is_nothing_to_gain(strength: float, abstains: bool) -> None:
-    chooser = choose.Chooser(proxy.named("logistic")).fit(log_of(strength))
+    chooser = choose.Chooser(stacked.named("logistic")).fit(log_of(strength))
     assert chooser.abstains is abstains
     assert chooser.gain is not None
     picks = chooser.choose(FEW)

@@ -13,7 +13,7 @@ from test_choose import FEW, PROMPTS, log_of
 from tokenmdp.lab.prompts import choose, evaluate, fit
 from tokenmdp.models.policy import Policy
 from tokenmdp.prompting import log as logs
-from tokenmdp.prompting import proxy, stored
+from tokenmdp.prompting import stacked, stored
 from tokenmdp.prompting.choose import Chooser
 from tokenmdp.run import Run
 
@@ -35,10 +35,10 @@ def written(folder: Path, strength: float) -> Path:
     return folder / "trials.jsonl"
 
 
-@pytest.mark.parametrize("kind", ["constant", "logistic", "boosted"])
+@pytest.mark.parametrize("kind", ["constant", "logistic", "boosted", "logistic+boosted"])
 def test_what_is_kept_says_what_was_fitted(tmp_path: Path, kind: str) -> None:
     log = log_of(0.8)
-    chooser = Chooser(proxy.named(kind), abstain=False, cost=[0.5, 1.0], price=0.1).fit(log)
+    chooser = Chooser(stacked.named(kind), abstain=False, cost=[0.5, 1.0], price=0.1).fit(log)
     stored.save(chooser, tmp_path / "kept", {"log": "here"})
     again, about = stored.load(tmp_path / "kept")
     assert about == {"log": "here"}
@@ -50,7 +50,7 @@ def test_what_is_kept_says_what_was_fitted(tmp_path: Path, kind: str) -> None:
 
 def test_what_cannot_be_kept_is_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a TwoTower cannot be kept"):
-        stored.save(Chooser(proxy.named("two-tower"), abstain=False).fit(log_of(0.5)), tmp_path, {})
+        stored.save(Chooser(stacked.named("two-tower"), abstain=False).fit(log_of(0.5)), tmp_path, {})
     with pytest.raises(ValueError, match="holds no chooser"):
         stored.load(tmp_path)
 

@@ -17,7 +17,7 @@ from tokenmdp.lab.prompts import write as verb
 from tokenmdp.models import catalog
 from tokenmdp.models.sampling import Sampling
 from tokenmdp.prompting import log as logs
-from tokenmdp.prompting import proxy, stored, write
+from tokenmdp.prompting import stacked, stored, write
 from tokenmdp.prompting.choose import Chooser
 from tokenmdp.recipes import grpo
 from tokenmdp.run import Run
@@ -30,7 +30,7 @@ KNOWN = ("First read it. Then answer.", "Think, step by step: now answer.", "Be 
 
 
 def fitted(folder: Path) -> Path:
-    chooser = Chooser(proxy.named("logistic"), abstain=False).fit(log_of(0.8))
+    chooser = Chooser(stacked.named("logistic"), abstain=False).fit(log_of(0.8))
     stored.save(chooser, folder / "model", {"log": "planted"})
     return folder
 

@@ -70,7 +70,8 @@ def grow(x: NDArray[Any], y: NDArray[np.int64], weight: NDArray[np.float64] | No
     """Trees that tell class 1 from class 0.
 
     Args:
-        x, y, weight: [N, D] features, [N] classes and, if rows do not all count alike, [N] how much each does.
+        x, y, weight: [N, D] features, [N] classes and [N] how much a row counts; None where all count alike. (Not ones:
+            the library then sorts every feature by weight for every bin, which takes longer than all the trees.)
         settings: of `HistGradientBoostingClassifier`.
 
     Raises:

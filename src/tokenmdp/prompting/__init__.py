@@ -4,6 +4,7 @@
     leaks.py     whether queries that were held out repeat queries that were learned from
     features.py  queries and prompts as numbers, embedded once each
     proxy.py     Υ, the learned reward of a query and a prompt
+    stacked.py   several of them weighed by what they said of unseen questions, or one put right
     estimate.py  what a prompt policy is worth, from a log of another's choices
     choose.py    which prompt to use for a query, or several, or the best constant after all
 

@@ -11,15 +11,16 @@ Source: Sun, Hüyük & van der Schaar 2023 (Prompt-OIRL), section 3.3 (best of n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tokenmdp import mdp
-from tokenmdp.prompting import intervals, leaks, proxy
+from tokenmdp.prompting import intervals, leaks, stacked
 from tokenmdp.prompting.log import Log
-from tokenmdp.prompting.proxy import Boosted, Proxy
+from tokenmdp.prompting.proxy import Proxy
+from tokenmdp.prompting.stacked import Stacked
 from tokenmdp.stats import Interval
 
 SETTING = "offline_inverse_rl"  # neither learning nor choosing may act: whoever calls the language model here raises
@@ -31,7 +32,7 @@ class Chooser:
     Args:
         make: makes the proxy Υ.
         abstain: fall back on the best constant prompt where the gain is not significant.
-        folds: of the training questions, to measure the gain.
+        folds: of the training questions, to measure the gain; a stack has its own.
         cost: [P] what a call with each prompt costs, in the log's order of prompts.
         price: reward units a unit of cost.
 
@@ -44,7 +45,7 @@ class Chooser:
 
     def __init__(
         self,
-        make: Callable[[], Proxy] = Boosted,
+        make: Callable[[], Proxy] = Stacked,
         abstain: bool = True,
         folds: int = 4,
         cost: Sequence[float] | NDArray[np.float64] | None = None,
@@ -65,8 +66,8 @@ class Chooser:
             raise ValueError(f"{len(self.charge)} costs for {len(log.prompts)} prompts: one each")
         self.constant = best_constant(log, self.charge)
         with mdp.within(SETTING):
-            self.gain: Interval | None = self._gain(log) if self.abstain else None
             self.proxy = self.make().fit(log)
+            self.gain: Interval | None = self._gain(log) if self.abstain else None
         self.abstains = self.gain is not None and not self.gain.low > 0
         return self
 
@@ -74,15 +75,24 @@ class Chooser:
         table = log.matrix()
         gained, group = [], []
         names = leaks.groups(log.queries)
-        for part, value in proxy.out_of_fold(log, self.make, self.folds, self.seed):
-            held = part.tried()
+        for held, value in self._unseen(log):
             rest = log.of_queries(np.setdiff1d(log.tried(), held))
-            chosen, constant = best(value[held] - self.charge), best_constant(rest, self.charge)
+            chosen, constant = best(value - self.charge), best_constant(rest, self.charge)
             difference = table[held, chosen] - self.charge[chosen] - table[held, constant] + self.charge[constant]
             known = ~np.isnan(difference)  # of a log that did not try everything, the queries that tell
             gained.append(difference[known])
             group.append(names[held][known])
         return intervals.grouped_mean(np.concatenate(gained), np.concatenate(group), seed=self.seed)
+
+    def _unseen(self, log: Log) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float64]]]:
+        """Fold by fold the queries [q] and what a proxy that did not see them says [q, P]."""
+        if isinstance(self.proxy, Stacked):  # it has said so already
+            for number in range(self.proxy.folds):
+                held = np.flatnonzero(self.proxy.fold == number)
+                yield held, self.proxy.held[held]
+        else:
+            for part, value in stacked.out_of_fold(log, self.make, self.folds, self.seed):
+                yield part.tried(), value[part.tried()]
 
     def value(self, queries: Sequence[str]) -> NDArray[np.float64]:
         """[Q, P] what Υ says, less what a prompt costs."""

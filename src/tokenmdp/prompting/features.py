@@ -28,6 +28,7 @@ WORDS = (
     "each", "every", "per", "total", "altogether", "left", "remain", "more", "less", "fewer", "than", "times", "twice", "half",
     "percent", "%", "$", "average", "difference", "if", "then", "first", "step", "after", "before", "how many", "how much",
 )  # fmt: skip
+FLAT = 1e-6  # a spread that is none
 PATTERN = r"\S+"  # what a word is: whatever stands between blanks
 _NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
 
@@ -83,20 +84,33 @@ class Features:
             raise ValueError("kinds has `embedding`, so `embed` must be given: a function of texts to [N, D] numbers")
         if not texts:
             raise ValueError("no texts to learn features from")
-        if "tfidf" in self.kinds:
-            self.counts = TfidfVectorizer(
-                ngram_range=(1, 2),
-                min_df=2 if len(texts) > 50 else 1,
-                sublinear_tf=True,
-                max_features=1 << 15,
-                token_pattern=PATTERN,
-            )
-            self.reduce = _reducer(self.counts.fit_transform(texts), self.components, self.seed)
-        if "embedding" in self.kinds and self.embed is not None:
-            found = self.embed(texts)
-            self.embedded = _reducer(found, self.components, self.seed) if found.shape[1] > self.components else None
-        self.scale = StandardScaler().fit(self._raw(texts))
-        self.width = int(self.scale.n_features_in_)
+        parts = []
+        for kind in self.kinds:
+            if kind == "tfidf":
+                self.counts = TfidfVectorizer(
+                    ngram_range=(1, 2),
+                    min_df=2 if len(texts) > 50 else 1,
+                    sublinear_tf=True,
+                    max_features=1 << 15,
+                    token_pattern=PATTERN,
+                )
+                found = self.counts.fit_transform(texts)
+                self.reduce = _reducer(found, self.components, self.seed)
+                parts.append(_reduced(found, self.reduce))
+            elif kind == "surface":
+                parts.append(np.asarray([surface(text) for text in texts]))
+            elif self.embed is not None:
+                found = self.embed(texts)
+                self.embedded = (
+                    _reducer(found, self.components, self.seed) if found.shape[1] > self.components else None
+                )
+                parts.append(_reduced(found, self.embedded))
+        raw = np.concatenate(parts, axis=1)
+        self.scale = StandardScaler().fit(raw)
+        # What is the same in all texts but for rounding would else become noise as large as any feature.
+        self.scale.scale_ = np.where(self.scale.scale_ < FLAT, 1.0, self.scale.scale_)
+        self.width = raw.shape[1]
+        self.last = (tuple(texts), np.asarray(self.scale.transform(raw), dtype=np.float32))
         return self
 
     def facts(self) -> dict[str, Any]:
@@ -129,13 +143,17 @@ class Features:
         self.scale = StandardScaler()
         self.scale.mean_, self.scale.scale_ = arrays["mean"], arrays["scale"]
         self.scale.n_features_in_ = self.width = len(arrays["mean"])
+        self.last = ((), np.zeros((0, self.width), dtype=np.float32))
         return self
 
     def transform(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """[N, D]; of texts never seen, too."""
+        """[N, D]; of texts never seen, too. Asked for the same texts as last time it says what it said."""
         if not len(texts):
             return np.zeros((0, self.width), dtype=np.float32)
-        return np.asarray(self.scale.transform(self._raw(texts)), dtype=np.float32)
+        same = tuple(texts)
+        if same != self.last[0]:
+            self.last = (same, np.asarray(self.scale.transform(self._raw(texts)), dtype=np.float32))
+        return self.last[1]
 
     def _raw(self, texts: Sequence[str]) -> NDArray[np.float64]:
         parts = []
@@ -147,6 +165,35 @@ class Features:
             elif self.embed is not None:
                 parts.append(_reduced(self.embed(texts), self.embedded))
         return np.concatenate(parts, axis=1)
+
+
+Learn = Callable[[Sequence[str]], Features]
+"""Features that have learned from texts, anew at every call."""
+
+
+def plain(texts: Sequence[str]) -> Features:
+    """Features as they are when nothing is said of them."""
+    return Features().fit(texts)
+
+
+class Once:
+    """Learns from the same texts once: proxies of the same trials share what was learned.
+
+    Args:
+        learn: what is asked for texts not seen yet.
+        kept: sets of texts, as folds are; the oldest is forgotten.
+    """
+
+    def __init__(self, learn: Learn = plain, kept: int = 8) -> None:
+        self.learn, self.kept, self.known = learn, kept, dict[tuple[str, ...], Features]()
+
+    def __call__(self, texts: Sequence[str]) -> Features:
+        same = tuple(texts)
+        if same not in self.known:
+            while len(self.known) >= self.kept:
+                self.known.pop(next(iter(self.known)))
+            self.known[same] = self.learn(texts)
+        return self.known[same]
 
 
 def _reducer(matrix: Any, components: int, seed: int) -> TruncatedSVD | None:

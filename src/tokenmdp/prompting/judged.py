@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy import stats as scipy_stats
 
 from tokenmdp import stats
-from tokenmdp.prompting import choose, intervals, leaks, proxy, splits
+from tokenmdp.prompting import choose, intervals, leaks, splits, stacked
 from tokenmdp.prompting.log import Log, retest
 from tokenmdp.prompting.proxy import Proxy
 
@@ -78,7 +78,7 @@ def held_out(
     values = {name: np.full(shape, np.nan) for name in makers}
     constant = np.zeros(shape[0], dtype=np.int64)
     for name, make in makers.items():
-        for part, value in proxy.out_of_fold(log, make, folds, seed):
+        for part, value in stacked.out_of_fold(log, make, folds, seed):
             at = part.tried()
             values[name][at] = value[at]
     tried = log.tried()

@@ -3,14 +3,15 @@
     Υ = argmin Σ_i  − r_i log Υ(q_i, a_i) − (1 − r_i) log(1 − Υ(q_i, a_i)),   a classification loss: rewards are in [0, 1]
 
 Every proxy has `fit(log)` and `predict(queries, prompts) -> [Q, P]`, for queries and prompts it has not seen, too. The
-baselines are among them: the mean of each prompt, the nearest queries, a factorisation.
+baselines are among them: the mean of each prompt, the nearest queries, a factorisation. Several together, and probabilities put
+right: stacked.py.
 
 Source: Sun, Hüyük & van der Schaar 2023 (Prompt-OIRL), section 3.2 (Υ as a classifier on embeddings of query and prompt).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,8 +21,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.neighbors import NearestNeighbors
 
 from tokenmdp.models import trees
-from tokenmdp.prompting import leaks, splits
-from tokenmdp.prompting.features import Features
+from tokenmdp.prompting.features import Features, Learn, plain
 from tokenmdp.prompting.log import Log
 
 TRIALS = 1 << 16  # pairs of query and prompt crossed at a time
@@ -32,9 +32,6 @@ class Proxy(Protocol):
 
     def fit(self, log: Log) -> Proxy: ...
     def predict(self, queries: Sequence[str], prompts: Sequence[str]) -> NDArray[np.float64]: ...
-
-
-MakeFeatures = Callable[[], Features]
 
 
 class Constant:
@@ -62,13 +59,13 @@ class Neighbours:
         prior: trials' worth of the prompt's own mean that is mixed in.
     """
 
-    def __init__(self, features: MakeFeatures = Features, k: int = 50, prior: float = 10.0) -> None:
+    def __init__(self, features: Learn = plain, k: int = 50, prior: float = 10.0) -> None:
         self.features, self.k, self.prior = features, k, prior
 
     def fit(self, log: Log) -> Neighbours:
         """Remember."""
         tried = log.tried()
-        self.texts = self.features().fit([log.queries[i] for i in tried])
+        self.texts = self.features([log.queries[i] for i in tried])
         self.index = NearestNeighbors().fit(self.texts.transform([log.queries[i] for i in tried]))
         self.table = log.matrix()[tried]
         self.names = {p: i for i, p in enumerate(log.prompts)}
@@ -94,19 +91,19 @@ class Crossed:
     A trial is described by the query's features, the prompt's, and which of the known prompts it is.
 
     Args:
-        features: makes the queries' features.
-        prompt_features: makes the prompts'.
+        features: of the queries, learned from their texts.
+        prompt_features: of the prompts.
     """
 
-    def __init__(self, features: MakeFeatures = Features, prompt_features: MakeFeatures | None = None) -> None:
+    def __init__(self, features: Learn = plain, prompt_features: Learn | None = None) -> None:
         self.features = features
-        self.prompt_features = prompt_features or (lambda: Features(("tfidf", "surface"), components=8))
+        self.prompt_features = prompt_features or (lambda texts: Features(components=8).fit(texts))
 
     def learn_texts(self, log: Log) -> None:
         """Fit both sides' features on the texts of the log's trials."""
         self.names = {log.prompts[i]: n for n, i in enumerate(np.unique(log.prompt))}
-        self.query_side = self.features().fit([log.queries[i] for i in log.tried()])
-        self.prompt_side = self.prompt_features().fit(list(self.names))
+        self.query_side = self.features([log.queries[i] for i in log.tried()])
+        self.prompt_side = self.prompt_features(list(self.names))
 
     def prompt_rows(self, prompts: Sequence[str]) -> NDArray[np.float32]:
         """[P, D'] features of prompts and, of the known ones, a 1 in their own column."""
@@ -143,10 +140,10 @@ class Crossed:
 
 def as_classes(
     x: NDArray[np.float32], reward: NDArray[np.float64]
-) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float64]]:
-    """Rewards between 0 and 1 as weighted classes: a trial of .3 is 0.3 of a success and 0.7 of a failure."""
+) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float64] | None]:
+    """Rewards between 0 and 1 as classes and, if any lies between, weights: a trial of .3 is 0.3 of a success and 0.7 of a failure."""
     if ((reward == 0) | (reward == 1)).all():
-        return x, reward.astype(np.int64), np.ones(len(reward))
+        return x, reward.astype(np.int64), None
     twice = np.concatenate([x, x])
     return twice, np.repeat([1, 0], len(x)), np.concatenate([reward, 1 - reward])
 
@@ -161,8 +158,8 @@ class Boosted(Crossed):
 
     def __init__(
         self,
-        features: MakeFeatures = Features,
-        prompt_features: MakeFeatures | None = None,
+        features: Learn = plain,
+        prompt_features: Learn | None = None,
         trees: int = 150,
         rate: float = 0.05,
         leaves: int = 15,
@@ -200,9 +197,7 @@ class Logistic(Crossed):
         strength: of the penalty on squared weights; standardised features.
     """
 
-    def __init__(
-        self, features: MakeFeatures = Features, prompt_features: MakeFeatures | None = None, strength: float = 100.0
-    ) -> None:
+    def __init__(self, features: Learn = plain, prompt_features: Learn | None = None, strength: float = 100.0) -> None:
         super().__init__(features, prompt_features)
         self.strength = strength
 
@@ -230,13 +225,13 @@ class TwoTower(Crossed):
 
     Args:
         width: of the towers and of u and v.
-        epochs, rows, rate, decay: of AdamW.
+        epochs, rows, rate, decay: of AdamW; of a small log `rows` are fewer, so that an epoch has 16 steps at least.
     """
 
     def __init__(
         self,
-        features: MakeFeatures = Features,
-        prompt_features: MakeFeatures | None = None,
+        features: Learn = plain,
+        prompt_features: Learn | None = None,
         width: int = 64,
         epochs: int = 12,
         rows: int = 512,
@@ -262,8 +257,9 @@ class TwoTower(Crossed):
             learner = torch.optim.AdamW(
                 [*self.left.parameters(), *self.right.parameters()], self.rate, weight_decay=self.decay
             )
+            rows = min(self.rows, -(-len(x) // 16))
             for _ in range(self.epochs):
-                for part in torch.randperm(len(x)).split(self.rows):
+                for part in torch.randperm(len(x)).split(rows):
                     loss = torch.nn.functional.binary_cross_entropy_with_logits(self._logit(x[part]), reward[part])
                     learner.zero_grad()
                     loss.backward()
@@ -293,7 +289,7 @@ class Factorised:
         penalty: on squared weights of W.
     """
 
-    def __init__(self, features: MakeFeatures = Features, rank: int = 2, penalty: float = 100.0) -> None:
+    def __init__(self, features: Learn = plain, rank: int = 2, penalty: float = 100.0) -> None:
         self.features, self.rank, self.penalty = features, rank, penalty
 
     def fit(self, log: Log) -> Factorised:
@@ -305,7 +301,7 @@ class Factorised:
         filled = np.where(np.isnan(table), 0.0, table)
         left, size, self.right = np.linalg.svd(filled, full_matrices=False)
         self.right = self.right[: self.rank]
-        self.texts = self.features().fit([log.queries[i] for i in tried])
+        self.texts = self.features([log.queries[i] for i in tried])
         inputs = self.texts.transform([log.queries[i] for i in tried])
         self.side = Ridge(self.penalty).fit(inputs, left[:, : self.rank] * size[: self.rank])
         return self
@@ -320,77 +316,5 @@ class Factorised:
         return np.clip(out, 0.0, 1.0)
 
 
-class Calibrated:
-    """A proxy whose probabilities are put right on predictions it made of queries it had not seen.
-
-        Υ' = σ( a · logit Υ + b ),   a and b fitted on out-of-fold predictions (Platt 1999)
-
-    Args:
-        make: makes the proxy that is calibrated.
-        folds: of the log's questions.
-    """
-
-    def __init__(self, make: Callable[[], Proxy] = Boosted, folds: int = 4, seed: int = 0) -> None:
-        self.make, self.folds, self.seed = make, folds, seed
-
-    def fit(self, log: Log) -> Calibrated:
-        """Learn on parts, calibrate on the rest, learn on all."""
-        seen, given = [], []
-        for part, value in out_of_fold(log, self.make, self.folds, self.seed):
-            seen.append(_logit(value[part.query, part.prompt]))
-            given.append(part.reward)
-        x, y, weight = as_classes(np.concatenate(seen)[:, None].astype(np.float32), np.concatenate(given))
-        self.scale, self.shift = 1.0, 0.0
-        if len(np.unique(y)) == 2:
-            line = LogisticRegression(C=1e6).fit(x, y, sample_weight=weight)
-            # A slope below 0 would turn the order round because of noise: then nothing is known but the mean.
-            self.scale, self.shift = max(float(line.coef_[0, 0]), 0.0), float(line.intercept_[0])
-        self.proxy = self.make().fit(log)
-        return self
-
-    def predict(self, queries: Sequence[str], prompts: Sequence[str]) -> NDArray[np.float64]:
-        """[Q, P]."""
-        return _sigmoid(self.scale * _logit(self.proxy.predict(queries, prompts)) + self.shift)
-
-
-def out_of_fold(
-    log: Log, make: Callable[[], Proxy], count: int, seed: int
-) -> Iterator[tuple[Log, NDArray[np.float64]]]:
-    """For each fold of the log's questions its trials, and [Q, P] predictions of a proxy that did not see them.
-
-    Rows of queries outside the fold are NaN.
-    """
-    tried = log.tried()
-    for learned, held in splits.folds(leaks.groups([log.queries[i] for i in tried]), count, seed):
-        value = np.full((len(log.queries), len(log.prompts)), np.nan)
-        at = tried[held]
-        value[at] = make().fit(log.of_queries(tried[learned])).predict([log.queries[i] for i in at], log.prompts)
-        yield log.of_queries(at), value
-
-
 def _sigmoid(x: NDArray[Any]) -> NDArray[np.float64]:
     return np.asarray(1 / (1 + np.exp(-np.clip(x, -50.0, 50.0))), dtype=np.float64)
-
-
-def _logit(p: NDArray[np.float64]) -> NDArray[np.float64]:
-    inside = np.clip(p, 1e-4, 1 - 1e-4)
-    return np.asarray(np.log(inside / (1 - inside)))
-
-
-def named(name: str, features: MakeFeatures = Features, seed: int = 0) -> Callable[[], Proxy]:
-    """What makes the proxy of a name.
-
-    Raises:
-        ValueError: there is none of that name.
-    """
-    known: dict[str, Callable[[], Proxy]] = {
-        "constant": Constant,
-        "neighbours": lambda: Neighbours(features),
-        "logistic": lambda: Logistic(features),
-        "boosted": lambda: Boosted(features, seed=seed),
-        "two-tower": lambda: TwoTower(features, seed=seed),
-        "factorised": lambda: Factorised(features),
-    }
-    if name not in known:
-        raise ValueError(f"there is no proxy {name!r}: it is one of {', '.join(known)}")
-    return known[name]

@@ -21,10 +21,12 @@ from tokenmdp.prompting import sentences
 from tokenmdp.prompting.choose import Chooser
 from tokenmdp.prompting.features import Embed, Features
 from tokenmdp.prompting.proxy import Boosted, Constant, Crossed, Logistic, Proxy
+from tokenmdp.prompting.stacked import Stacked
 from tokenmdp.stats import Interval
 
 FILES = ("chooser.json", "chooser.safetensors")
-KINDS: dict[str, type] = {"constant": Constant, "logistic": Logistic, "boosted": Boosted}
+KINDS: dict[str, type] = {"constant": Constant, "logistic": Logistic, "boosted": Boosted, "stacked": Stacked}
+WEIGHTS = ("intercept", "common", "own", "count")  # of a stack
 
 
 def save(chooser: Chooser, folder: Path, about: Mapping[str, Any]) -> None:
@@ -36,33 +38,20 @@ def save(chooser: Chooser, folder: Path, about: Mapping[str, Any]) -> None:
     Raises:
         ValueError: its proxy is of a kind that is not kept.
     """
-    kind = next((name for name, known in KINDS.items() if type(chooser.proxy) is known), None)
-    if kind is None:
-        raise ValueError(f"a {type(chooser.proxy).__name__} cannot be kept: fit one of {', '.join(KINDS)}")
+    told, learned = _parts(chooser.proxy)
     facts: dict[str, Any] = {
         "about": dict(about),
-        "proxy": kind,
         "prompts": chooser.prompts,
         "constant": chooser.constant,
         "gain": None if chooser.gain is None else chooser.gain._asdict(),
         "abstains": chooser.abstains,
+        "upsilon": told,
     }
-    arrays: dict[str, NDArray[Any]] = {"charge": chooser.charge}
-    proxy = chooser.proxy
-    if isinstance(proxy, Constant):
-        facts |= {"overall": proxy.overall, "means": proxy.means}
-    if isinstance(proxy, Crossed):
-        facts["names"] = proxy.names
-        for side, features in (("query", proxy.query_side), ("prompt", proxy.prompt_side)):
-            facts[f"{side}_features"] = features.facts()
-            arrays |= {f"{side}.{name}": array for name, array in features.arrays().items()}
-    if isinstance(proxy, Logistic):
-        facts["bias"] = proxy.bias
-        arrays["weight"] = proxy.weight
-    if isinstance(proxy, Boosted):
-        arrays |= {f"trees.{name}": tensor.numpy() for name, tensor in proxy.model.arrays().items()}
+    arrays = {"charge": chooser.charge, **_over("upsilon.", learned)}
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+    tensors = {
+        name: torch.from_numpy(np.array(array, order="C")) for name, array in arrays.items()
+    }  # a copy: members share
     save_file(tensors, folder / FILES[1])
     (folder / FILES[0]).write_text(json.dumps(facts, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -83,34 +72,76 @@ def load(folder: Path, embed: Embed | None = None) -> tuple[Chooser, dict[str, A
     if embed is None and facts["about"].get("sentences"):
         embed = sentences.embedder(str(facts["about"]["sentences"]))
     arrays = {name: tensor.numpy() for name, tensor in load_file(folder / FILES[1]).items()}
-    chooser = Chooser(KINDS[facts["proxy"]])
+    chooser = Chooser(KINDS[facts["upsilon"]["kind"]])
     chooser.prompts = tuple(facts["prompts"])
     chooser.constant, chooser.abstains = int(facts["constant"]), bool(facts["abstains"])
     chooser.gain = None if facts["gain"] is None else Interval(**facts["gain"])
     chooser.charge = arrays["charge"]
-    chooser.proxy = _proxy(facts, arrays, embed)
+    chooser.proxy = _made(facts["upsilon"], _under("upsilon.", arrays), embed)
     return chooser, facts["about"]
 
 
-def _proxy(facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], embed: Embed | None) -> Proxy:
-    found: Proxy = KINDS[facts["proxy"]]()
+def _parts(proxy: Proxy) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """A fitted proxy as what JSON can say and as numbers.
+
+    Raises:
+        ValueError: it is of a kind that is not kept.
+    """
+    kind = next((name for name, known in KINDS.items() if type(proxy) is known), None)
+    if kind is None:
+        raise ValueError(f"a {type(proxy).__name__} cannot be kept: fit one of {', '.join(KINDS)}")
+    facts: dict[str, Any] = {"kind": kind}
+    arrays: dict[str, NDArray[Any]] = {}
+    if isinstance(proxy, Constant):
+        facts |= {"overall": proxy.overall, "means": proxy.means}
+    if isinstance(proxy, Crossed):
+        facts["names"] = proxy.names
+        for side, features in (("query", proxy.query_side), ("prompt", proxy.prompt_side)):
+            facts[side] = features.facts()
+            arrays |= _over(f"{side}.", features.arrays())
+    if isinstance(proxy, Logistic):
+        facts["bias"] = proxy.bias
+        arrays["weight"] = proxy.weight
+    if isinstance(proxy, Boosted):
+        arrays |= _over("trees.", {name: tensor.numpy() for name, tensor in proxy.model.arrays().items()})
+    if isinstance(proxy, Stacked):
+        facts |= {"names": proxy.names, "members": []}
+        arrays |= {name: getattr(proxy, name) for name in WEIGHTS}
+        for number, member in enumerate(proxy.proxies):
+            told, learned = _parts(member)
+            facts["members"].append(told)
+            arrays |= _over(f"{number}.", learned)
+    return facts, arrays
+
+
+def _made(facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], embed: Embed | None) -> Proxy:
+    """The proxy of `_parts`."""
+    found: Proxy = KINDS[facts["kind"]]()
     if isinstance(found, Constant):
         found.overall, found.means = float(facts["overall"]), dict(facts["means"])
-    if isinstance(found, Crossed):
+    if isinstance(found, Crossed | Stacked):
         found.names = {str(name): int(at) for name, at in facts["names"].items()}
+    if isinstance(found, Crossed):
         found.query_side, found.prompt_side = (_features(side, facts, arrays, embed) for side in ("query", "prompt"))
     if isinstance(found, Logistic):
         found.weight, found.bias = arrays["weight"], float(facts["bias"])
     if isinstance(found, Boosted):
         found.model = Trees(**{name: torch.from_numpy(array) for name, array in _under("trees.", arrays).items()})
+    if isinstance(found, Stacked):
+        for name in WEIGHTS:
+            setattr(found, name, arrays[name])
+        found.proxies = [_made(told, _under(f"{n}.", arrays), embed) for n, told in enumerate(facts["members"])]
     return found
 
 
 def _features(side: str, facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], embed: Embed | None) -> Features:
-    settings = facts[f"{side}_features"]
-    if "embedding" in settings["kinds"] and embed is None:
+    if "embedding" in facts[side]["kinds"] and embed is None:
         raise ValueError(f"the chooser reads the {side} by embeddings: give the sentence model it was fitted with")
-    return Features.restored(settings, _under(f"{side}.", arrays), embed)
+    return Features.restored(facts[side], _under(f"{side}.", arrays), embed)
+
+
+def _over(prefix: str, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    return {prefix + name: array for name, array in arrays.items()}
 
 
 def _under(prefix: str, arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:

@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from tokenmdp.lab import report
-from tokenmdp.prompting import choose, judged, leaks, proxy, shown
+from tokenmdp.prompting import choose, judged, leaks, shown, stacked
 from tokenmdp.prompting import log as logs
-from tokenmdp.prompting.features import Features
+from tokenmdp.prompting.features import Features, Once
 from tokenmdp.run import Run
 
 
@@ -29,9 +29,9 @@ class Config:
     prompts: str = ""  # a file of prompt_id and prompt, for logs that only name prompts
     only: str = ""  # prompt ids with commas between; empty for all
     proxies: str = "constant,neighbours,logistic,boosted"  # what to compare, with commas between
-    choice: str = "boosted"  # the proxy whose pick abstains
+    choice: str = "logistic+boosted"  # the proxy whose pick abstains; + stacks
     folds: int = 5  # of the questions; each is held out once
-    inner: int = 4  # folds within, to measure the gain that abstaining goes by
+    inner: int = 4  # folds within, to weigh what is stacked and to measure the gain that abstaining goes by
     components: int = 64  # singular vectors kept of the queries' words
     published: bool = False  # split as the log's own `split` column says, not by question
     allow_leak: bool = False  # go on although held-out queries repeat others
@@ -62,7 +62,8 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
 
 def evaluate(cfg: Config, log: logs.Log, run: Run) -> dict[str, Any]:
     """The figures of a log."""
-    makers = {name: proxy.named(name, lambda: Features(components=cfg.components), run.seed) for name in names_of(cfg)}
+    once = Once(lambda texts: Features(components=cfg.components).fit(texts), kept=cfg.folds * (cfg.inner + 1))
+    makers = {name: stacked.named(name, once, cfg.inner, run.seed) for name in names_of(cfg)}
     repeated = 1 - len(np.unique(leaks.groups(log.queries))) / len(log.queries)
     run.note(
         f"{len(log)} trials of {len(log.prompts)} prompts on {len(log.queries)} queries; {repeated:.1%} repeat another's question"

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from tokenmdp.prompting import log as logs
-from tokenmdp.prompting import proxy, sentences, stored
+from tokenmdp.prompting import sentences, stacked, stored
 from tokenmdp.prompting.choose import Chooser
-from tokenmdp.prompting.features import Features
+from tokenmdp.prompting.features import Features, Learn
 from tokenmdp.run import Run
 
 
@@ -19,23 +19,25 @@ class Config:
     trials: str = "trials.jsonl"  # the log: query, prompt_id, reward and more; a file or a hub id
     prompts: str = ""  # a file of prompt_id and prompt, for logs that only name prompts
     only: str = ""  # prompt ids with commas between; empty for all
-    proxy: str = "boosted"  # constant | logistic | boosted
+    proxy: str = "logistic+boosted"  # constant | logistic | boosted, or several with + between: stacked
     sentences: str = (
         ""  # a sentence model for the queries: minilm, a folder or a hub id; empty for words and sizes alone
     )
     components: int = 64  # singular vectors kept of the queries' words, and of their embeddings
     abstain: bool = True  # fall back on the best constant prompt where the gain is not significant
-    folds: int = 4  # of the questions, to measure the gain
+    folds: int = 4  # of the questions, to weigh what is stacked and to measure the gain
     price: float = 0.0  # reward units a unit of the log's cost
 
 
 def main(cfg: Config, run: Run) -> dict[str, Any]:
     """Fit, say what choosing gains over the best constant prompt on questions not seen, and save to `model/`."""
-    if cfg.proxy not in stored.KINDS:
-        raise ValueError(f"proxy is {cfg.proxy!r}; one that can be kept is {', '.join(stored.KINDS)}")
+    kept = [name for name in stored.KINDS if name != "stacked"]
+    if not set(cfg.proxy.split("+")) <= set(kept):
+        raise ValueError(f"proxy is {cfg.proxy!r}; what can be kept is {', '.join(kept)}, or several with + between")
     log = logs.read(cfg.trials, cfg.prompts or None)
     log = log.only(cfg.only) if cfg.only else log
-    make = proxy.named(cfg.proxy, features(cfg.sentences, cfg.components, run.folder / "embeddings"), run.seed)
+    learn = features(cfg.sentences, cfg.components, run.folder / "embeddings")
+    make = stacked.named(cfg.proxy, learn, cfg.folds, run.seed)
     chooser = Chooser(make, cfg.abstain, cfg.folds, log.mean_cost(), cfg.price, run.seed).fit(log)
     path = Path(cfg.trials).expanduser()
     known = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
@@ -61,9 +63,9 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     }
 
 
-def features(name: str, components: int, cache: Path) -> proxy.MakeFeatures:
-    """Makes the queries' features: words and sizes, and meanings where a sentence model is named."""
+def features(name: str, components: int, cache: Path) -> Learn:
+    """The queries' features: words and sizes, and meanings where a sentence model is named."""
     if not name:
-        return lambda: Features(components=components)
+        return lambda texts: Features(components=components).fit(texts)
     embed = sentences.embedder(name, cache)
-    return lambda: Features(("tfidf", "surface", "embedding"), components, embed)
+    return lambda texts: Features(("tfidf", "surface", "embedding"), components, embed).fit(texts)

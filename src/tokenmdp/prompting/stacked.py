@@ -1,0 +1,171 @@
+"""Υ put right, or made of several, by predictions of questions that its members had not seen.
+
+    Υ(q, a) = σ( b_a + Σ_k c_k m_k(q) + d_k ( l_k(q, a) − m_k(q) ) ),   c, d ≥ 0
+    l_k     = logit Υ_k of member k,   m_k(q) = its mean over the known prompts
+
+m says how hard a query is, l − m which prompt suits it. A member may know the first well and the second hardly, and only
+the second decides a choice: so each has a weight of its own, learned by maximum likelihood on out-of-fold predictions. With
+d = 0 all that is left is b, and every query gets the best constant prompt. One member alone is calibrated in that way.
+
+Source: Wolpert 1992 (stacked generalization); Platt 1999 (a line in the logits); Chernozhukov, Demirer, Duflo &
+Fernández-Val 2018 (generic machine learning), section 3.1 (a common part and a heterogeneous one, each with its own slope).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize
+
+from tokenmdp.prompting import leaks, proxy, splits
+from tokenmdp.prompting.features import Learn, Once, plain
+from tokenmdp.prompting.log import Log
+from tokenmdp.prompting.proxy import Proxy
+
+MakeProxy = Callable[[], Proxy]
+PENALTY = 1.0  # on c² and d², in trials' worth of log-likelihood: a small log says little about slopes
+NEAR = 1e-4  # a member's probability is kept this far from 0 and 1
+
+
+def usual(features: Learn = plain, seed: int = 0) -> tuple[MakeProxy, ...]:
+    """The members of a stack of which nothing else is said: straight lines and trees, on the same features."""
+    once = Once(features)
+    return (lambda: proxy.Logistic(once), lambda: proxy.Boosted(once, seed=seed))
+
+
+class Stacked:
+    """Several proxies as one, or one calibrated.
+
+    Args:
+        members: what makes each; None for `usual`.
+        folds: of the log's questions.
+
+    Attributes:
+        proxies: the members, fitted on the whole log.
+        names: the prompts that were tried, and their places in `intercept`.
+        intercept: [P] b, of a prompt never tried their mean by trials.
+        common, own: [K] c and d.
+        held: [Q, P] Υ of the log's queries by members and weights that did not see the query's fold; NaN elsewhere.
+        fold: [Q] which fold that was; −1 of queries never tried.
+    """
+
+    def __init__(self, members: Sequence[MakeProxy] | None = None, folds: int = 4, seed: int = 0) -> None:
+        self.members, self.folds, self.seed = members, folds, seed
+
+    def fit(self, log: Log) -> Stacked:
+        """Learn on parts, weigh on the rest, learn on all."""
+        members = usual(seed=self.seed) if self.members is None else self.members
+        known = np.unique(log.prompt)
+        self.names = {log.prompts[i]: n for n, i in enumerate(known)}
+        logit = np.full((len(log.queries), len(log.prompts), len(members)), np.nan)
+        self.fold = np.full(len(log.queries), -1)
+        for k, make in enumerate(members):
+            for number, (part, value) in enumerate(out_of_fold(log, make, self.folds, self.seed)):
+                at = part.tried()
+                logit[at, :, k], self.fold[at] = _logit(value[at]), number
+        place = np.full(len(log.prompts), -1)
+        place[known] = np.arange(len(known))
+        count = np.bincount(place[log.prompt])
+        self.held = np.full(logit.shape[:2], np.nan)
+        for number in range(self.folds):
+            rest, mine = log.of_queries(np.flatnonzero(self.fold != number)), self.fold == number
+            weights = _weighed(rest, place, logit, known)
+            self.held[mine] = _sigmoid(_score(logit[mine], logit[mine][:, known].mean(1), place, *weights, count))
+        self.intercept, self.common, self.own = _weighed(log, place, logit, known)
+        self.count = count
+        self.proxies = [make().fit(log) for make in members]
+        return self
+
+    def predict(self, queries: Sequence[str], prompts: Sequence[str]) -> NDArray[np.float64]:
+        """[Q, P]."""
+        every = [*self.names, *dict.fromkeys(p for p in prompts if p not in self.names)]
+        logit = np.stack([_logit(member.predict(queries, every)) for member in self.proxies], axis=-1)
+        where = [every.index(p) for p in prompts]
+        place = np.asarray([self.names.get(p, -1) for p in prompts])
+        mean = logit[:, : len(self.names)].mean(1)
+        return _sigmoid(_score(logit[:, where], mean, place, self.intercept, self.common, self.own, self.count))
+
+
+def _score(
+    logit: NDArray[np.float64],
+    mean: NDArray[np.float64],
+    place: NDArray[np.int64],
+    intercept: NDArray[np.float64],
+    common: NDArray[np.float64],
+    own: NDArray[np.float64],
+    count: NDArray[np.int64],
+) -> NDArray[np.float64]:
+    """[Q, P] log-odds from members' [Q, P, K], their means [Q, K], and each prompt's place among the intercepts."""
+    base = np.where(place >= 0, intercept[place], np.average(intercept, weights=count))
+    return np.asarray(base + (mean @ common)[:, None] + (logit - mean[:, None]) @ own)
+
+
+def _weighed(
+    log: Log, place: NDArray[np.int64], logit: NDArray[np.float64], known: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """b, c and d of the log's trials, by maximum likelihood with a small penalty."""
+    mean = logit[:, known].mean(1)[log.query]
+    slopes = np.concatenate([mean, logit[log.query, log.prompt] - mean], axis=1)
+    which, P, K = place[log.prompt], len(known), logit.shape[2]
+
+    def loss(x: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        score = x[which] + slopes @ x[P:]
+        off = _sigmoid(score) - log.reward
+        value = np.logaddexp(0, score).sum() - log.reward @ score + 0.5 * PENALTY * (x[P:] @ x[P:])
+        slope = np.concatenate([np.bincount(which, off, P), off @ slopes + PENALTY * x[P:]])
+        # A prompt that always fails has no finite b of largest likelihood: this holds it within reach.
+        return value + 0.5 * NEAR * (x[:P] @ x[:P]), slope + np.concatenate([NEAR * x[:P], np.zeros(2 * K)])
+
+    start = np.concatenate([np.zeros(P), np.ones(2 * K) / K])
+    # A slope below 0 would turn an order round because of noise: then nothing is known of it.
+    found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=[(None, None)] * P + [(0, None)] * (2 * K)).x
+    return found[:P], found[P : P + K], found[P + K :]
+
+
+def out_of_fold(log: Log, make: MakeProxy, count: int, seed: int) -> Iterator[tuple[Log, NDArray[np.float64]]]:
+    """For each fold of the log's questions its trials, and [Q, P] predictions of a proxy that did not see them.
+
+    Rows of queries outside the fold are NaN.
+    """
+    tried = log.tried()
+    for learned, held in splits.folds(leaks.groups([log.queries[i] for i in tried]), count, seed):
+        value = np.full((len(log.queries), len(log.prompts)), np.nan)
+        at = tried[held]
+        value[at] = make().fit(log.of_queries(tried[learned])).predict([log.queries[i] for i in at], log.prompts)
+        yield log.of_queries(at), value
+
+
+def _sigmoid(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.asarray(1 / (1 + np.exp(-np.clip(x, -50.0, 50.0))), dtype=np.float64)
+
+
+def _logit(p: NDArray[np.float64]) -> NDArray[np.float64]:
+    inside = np.clip(p, NEAR, 1 - NEAR)
+    return np.asarray(np.log(inside / (1 - inside)))
+
+
+def named(name: str, features: Learn = plain, folds: int = 4, seed: int = 0) -> MakeProxy:
+    """What makes the proxy of a name; names with + between are stacked, by `folds` of the log's questions.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    known: dict[str, MakeProxy] = {
+        "constant": proxy.Constant,
+        "neighbours": lambda: proxy.Neighbours(features),
+        "logistic": lambda: proxy.Logistic(features),
+        "boosted": lambda: proxy.Boosted(features, seed=seed),
+        "two-tower": lambda: proxy.TwoTower(features, seed=seed),
+        "factorised": lambda: proxy.Factorised(features),
+    }
+    parts = [part.strip() for part in name.split("+")]
+    wrong = next((part for part in parts if part not in known), None)
+    if wrong is not None:
+        raise ValueError(f"there is no proxy {wrong!r}: it is one of {', '.join(known)}, or several with + between")
+    if len(parts) == 1:
+        return known[parts[0]]
+    once = features if isinstance(features, Once) else Once(features)
+    members = [named(part, once, seed=seed) for part in parts]
+    return lambda: Stacked(members, folds, seed)
