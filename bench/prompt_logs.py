@@ -203,7 +203,7 @@ def on_split(log: Log, learned: Log, held: Log) -> dict[str, Any]:
     """The pick of a proxy that remembers well, and its predictions, on one split."""
     at = held.tried()
     value = np.full((len(log.queries), len(log.prompts)), np.nan)
-    maker = proxy.Boosted(trees=400, rate=0.1, leaves=63, smallest=5, seed=SEED)
+    maker = proxy.Boosted(trees=400, rate=0.1, leaves=62, smallest=5, seed=SEED)
     value[at] = maker.fit(learned).predict([log.queries[i] for i in at], log.prompts)
     constant = np.full(len(log.queries), choose.best_constant(learned))
     earned = judged.choices(held, {"pick": choose.best(value)}, constant, SEED)

@@ -32,5 +32,22 @@ def test_a_copy_says_the_same(data: tuple[np.ndarray, np.ndarray], weighted: boo
     assert torch.equal(again.score(torch.from_numpy(new)), copy.score(torch.from_numpy(new)))
 
 
+def test_crossing_is_putting_side_by_side(data: tuple[np.ndarray, np.ndarray]) -> None:
+    copy = trees.grow(*data, **SETTINGS)
+    x = torch.from_numpy(data[0])
+    one, other = x[:70, :2], x[:6, 2:]
+    beside = torch.cat([one[:, None].expand(-1, 6, -1), other[None].expand(70, -1, -1)], dim=-1)
+    assert torch.allclose(copy.crossed(one, other).reshape(-1), copy.score(beside.reshape(-1, 5)).double(), atol=1e-5)
+
+
+def test_a_tree_has_no_more_leaves_than_an_integer_has_bits(data: tuple[np.ndarray, np.ndarray]) -> None:
+    largest = {**SETTINGS, "max_leaf_nodes": trees.MOST, "min_samples_leaf": 1}
+    own = HistGradientBoostingClassifier(early_stopping=False, **largest).fit(*data)
+    said = trees.grow(*data, **largest).score(torch.from_numpy(data[0])).double().numpy()
+    np.testing.assert_allclose(said, own.decision_function(data[0]), atol=1e-5)
+    with pytest.raises(ValueError, match="max_leaf_nodes is 63; it must be 2 to 62"):
+        trees.grow(*data, **{**SETTINGS, "max_leaf_nodes": 63})
+
+
 def test_no_rows_no_scores(data: tuple[np.ndarray, np.ndarray]) -> None:
     assert trees.grow(*data, **SETTINGS).score(torch.zeros(0, 5)).shape == (0,)

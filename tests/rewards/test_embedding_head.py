@@ -126,8 +126,8 @@ def test_a_head_that_cannot_be_is_refused():
         from_arrays("linear", {"weight": torch.zeros(2)})
     trees = fit(*sides(100), "boosted")
     assert isinstance(trees, Trees)
-    with pytest.raises(ValueError, match="leads outside"):
-        from_arrays("boosted", {**trees.arrays(), "left": trees.left + 1000})
+    with pytest.raises(ValueError, match="may end in no leaf"):
+        from_arrays("boosted", {**trees.arrays(), "keeps": trees.keeps * 0})
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ Source: Sun, Hüyük & van der Schaar 2023 (Prompt-OIRL), section 3.2 (Υ as a c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,8 +23,6 @@ from sklearn.neighbors import NearestNeighbors
 from tokenmdp.models import trees
 from tokenmdp.prompting.features import Features, Learn, plain
 from tokenmdp.prompting.log import Log
-
-TRIALS = 1 << 16  # pairs of query and prompt crossed at a time
 
 
 class Proxy(Protocol):
@@ -121,22 +119,6 @@ class Crossed:
         right = self.prompt_rows([log.prompts[i] for i in used])
         return np.concatenate([left[place], right[which]], axis=1)
 
-    def table(
-        self,
-        queries: Sequence[str],
-        prompts: Sequence[str],
-        score: Callable[[NDArray[np.float32]], NDArray[np.float64]],
-    ) -> NDArray[np.float64]:
-        """[Q, P] of `score`, which takes [n, D + D'] and gives [n]; crossed a part at a time."""
-        left, right = self.query_side.transform(queries), self.prompt_rows(prompts)
-        out = np.empty((len(queries), len(prompts)))
-        size = max(1, TRIALS // max(1, len(prompts)))
-        for start in range(0, len(queries), size):
-            part = left[start : start + size]
-            crossed = np.concatenate([np.repeat(part, len(right), 0), np.tile(right, (len(part), 1))], axis=1)
-            out[start : start + size] = score(crossed).reshape(len(part), len(right))
-        return out
-
 
 def as_classes(
     x: NDArray[np.float32], reward: NDArray[np.float64]
@@ -187,7 +169,8 @@ class Boosted(Crossed):
 
     def predict(self, queries: Sequence[str], prompts: Sequence[str]) -> NDArray[np.float64]:
         """[Q, P]."""
-        return self.table(queries, prompts, lambda x: _sigmoid(self.model.score(torch.from_numpy(x)).double().numpy()))
+        left, right = self.query_side.transform(queries), self.prompt_rows(prompts)
+        return _sigmoid(self.model.crossed(torch.from_numpy(left), torch.from_numpy(right)).numpy())
 
 
 class Logistic(Crossed):
@@ -201,23 +184,24 @@ class Logistic(Crossed):
         super().__init__(features, prompt_features)
         self.strength = strength
 
-    def _products(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        """[n, ...] the features, and the query's features times each known prompt's indicator."""
-        width, known = self.query_side.width, len(self.names)
-        query, which = x[:, :width], x[:, -known:]
-        return np.concatenate([x, (which[:, :, None] * query[:, None, :]).reshape(len(x), -1)], axis=1)
-
     def fit(self, log: Log) -> Logistic:
         """Learn."""
         self.learn_texts(log)
         x, y, weight = as_classes(self.trials(log), log.reward)
-        fitted = LogisticRegression(C=1 / self.strength, max_iter=300).fit(self._products(x), y, sample_weight=weight)
+        query, which = x[:, : self.query_side.width], x[:, -len(self.names) :]
+        products = (which[:, :, None] * query[:, None, :]).reshape(len(x), -1)  # a prompt's own weights
+        every = np.concatenate([x, products], axis=1)
+        fitted = LogisticRegression(C=1 / self.strength, max_iter=300).fit(every, y, sample_weight=weight)
         self.weight, self.bias = fitted.coef_[0], float(fitted.intercept_[0])
         return self
 
     def predict(self, queries: Sequence[str], prompts: Sequence[str]) -> NDArray[np.float64]:
         """[Q, P]."""
-        return self.table(queries, prompts, lambda x: _sigmoid(self._products(x) @ self.weight + self.bias))
+        left, right = self.query_side.transform(queries), self.prompt_rows(prompts)
+        width, known = left.shape[1], len(self.names)
+        shared, own = self.weight[: width + right.shape[1]], self.weight[width + right.shape[1] :]
+        prompt = right[:, -known:] @ own.reshape(known, width) + shared[:width]  # [P, D] a prompt's weights on queries
+        return _sigmoid(left @ prompt.T + right @ shared[width:] + self.bias)
 
 
 class TwoTower(Crossed):

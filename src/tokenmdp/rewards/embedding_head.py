@@ -99,7 +99,7 @@ def from_arrays(kind: str, arrays: Mapping[str, Tensor]) -> Head:
     """The head that `arrays()` describes.
 
     Raises:
-        ValueError: another kind, an array too few or too many, a number that is not finite, or trees that lead nowhere.
+        ValueError: another kind, an array too few or too many, a number that is not finite, or trees without an end.
     """
     known: dict[str, Callable[..., Any]] = {"linear": Linear, "mlp": MLP, "boosted": Trees}
     if kind not in known:
@@ -112,10 +112,11 @@ def from_arrays(kind: str, arrays: Mapping[str, Tensor]) -> Head:
     except TypeError as error:
         raise ValueError(f"{', '.join(arrays)} are not the arrays of a {kind} head ({error})") from error
     if isinstance(made, Trees):
-        M = made.value.shape[1]
-        links = torch.stack([made.left, made.right])
-        if bool((links < 0).any()) or bool((links >= M).any()) or bool((made.feature < 0).any()):
-            raise ValueError(f"a node of the trees leads outside the {M} there are: the file is damaged, fit it again")
+        every = torch.full((len(made.value),), (1 << made.value.shape[1]) - 1)
+        for keeps in made.keeps.T:
+            every &= keeps
+        if bool((every == 0).any()) or bool((made.feature < 0).any()):
+            raise ValueError("a row of the trees may end in no leaf: the file is damaged, fit it again")
     return made
 
 
