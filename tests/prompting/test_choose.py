@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 
 from tokenmdp import mdp
 from tokenmdp.models import catalog
@@ -59,6 +60,22 @@ def test_a_constant_knows_prompts_and_no_queries() -> None:
     assert len(np.unique(value, axis=0)) == 1
     assert value[0, 2] == pytest.approx(log.reward.mean())
     assert judged.prediction(log, value[:, :2])["auc_within_prompt"] == 0.5
+
+
+def test_the_logistic_proxy_is_scikit_learns_on_trials_written_out() -> None:
+    """Its slow twin: every trial a row of query, prompt and their products, a fractional reward as two weighted rows."""
+    log = log_of(0.6, 80)
+    log = replace(log, reward=np.where(np.arange(len(log)) % 5 == 0, 0.3, log.reward))
+    found = proxy.Logistic().fit(log)
+    x = found.trials(log)
+    width = found.query_side.width
+    every = np.concatenate([x, (x[:, None, -2:].transpose(0, 2, 1) * x[:, None, :width]).reshape(len(x), -1)], axis=1)
+    rows, labels, weight = proxy.as_classes(every, log.reward)
+    twin = LogisticRegression(C=1 / 100, max_iter=5000, tol=1e-8).fit(
+        rows.astype(np.float64), labels, sample_weight=weight
+    )
+    said = found.predict(log.queries, log.prompts)[log.query, log.prompt]
+    np.testing.assert_allclose(said, twin.predict_proba(every.astype(np.float64))[:, 1], atol=1e-4)
 
 
 def test_calibration_shrinks_what_is_too_sure() -> None:

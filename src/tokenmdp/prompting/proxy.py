@@ -17,7 +17,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression, Ridge
+from scipy.optimize import minimize
+from sklearn.linear_model import Ridge
 from sklearn.neighbors import NearestNeighbors
 
 from tokenmdp.models import trees
@@ -176,8 +177,10 @@ class Boosted(Crossed):
 class Logistic(Crossed):
     """A logistic regression with every known prompt's own weights on the query's features, beside shared ones.
 
+        logit Υ(q, a) = (w + W_a) · f(q) + u · g(a) + b,    W_a = 0 for a prompt never seen
+
     Args:
-        strength: of the penalty on squared weights; standardised features.
+        strength: λ of the penalty λ/2 (|w|² + |W|² + |u|²); features are standardised.
     """
 
     def __init__(self, features: Learn = plain, prompt_features: Learn | None = None, strength: float = 100.0) -> None:
@@ -185,23 +188,37 @@ class Logistic(Crossed):
         self.strength = strength
 
     def fit(self, log: Log) -> Logistic:
-        """Learn."""
+        """Learn, from a table of queries and one of prompts: no trial is ever written out."""
         self.learn_texts(log)
-        x, y, weight = as_classes(self.trials(log), log.reward)
-        query, which = x[:, : self.query_side.width], x[:, -len(self.names) :]
-        products = (which[:, :, None] * query[:, None, :]).reshape(len(x), -1)  # a prompt's own weights
-        every = np.concatenate([x, products], axis=1)
-        fitted = LogisticRegression(C=1 / self.strength, max_iter=300).fit(every, y, sample_weight=weight)
-        self.weight, self.bias = fitted.coef_[0], float(fitted.intercept_[0])
+        tried, row = np.unique(log.query, return_inverse=True)
+        used, column = np.unique(log.prompt, return_inverse=True)
+        left = self.query_side.transform([log.queries[i] for i in tried]).astype(np.float64)
+        right = self.prompt_rows([log.prompts[i] for i in used]).astype(np.float64)
+        (Q, D), (P, E) = left.shape, right.shape
+
+        def loss(x: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+            w, own, u, b = x[:D], x[D : D + P * D].reshape(P, D), x[D + P * D : -1], x[-1]
+            score = (left @ (w + own).T + right @ u + b)[row, column]
+            off = _sigmoid(score) - log.reward
+            # [Q, P] what is off, summed over repeats.
+            table = np.bincount(row * P + column, off, Q * P).reshape(Q, P)
+            to_own = table.T @ left
+            slope = np.concatenate([to_own.sum(0), to_own.reshape(-1), table.sum(0) @ right, [off.sum()]])
+            value = float(np.logaddexp(0, score).sum() - log.reward @ score + self.strength / 2 * (x[:-1] @ x[:-1]))
+            slope[:-1] += self.strength * x[:-1]
+            return value, slope
+
+        found = minimize(loss, np.zeros(D + P * D + E + 1), jac=True, method="L-BFGS-B", options={"maxiter": 1000}).x
+        self.weight, self.bias = found[:-1], float(found[-1])
         return self
 
     def predict(self, queries: Sequence[str], prompts: Sequence[str]) -> NDArray[np.float64]:
         """[Q, P]."""
         left, right = self.query_side.transform(queries), self.prompt_rows(prompts)
         width, known = left.shape[1], len(self.names)
-        shared, own = self.weight[: width + right.shape[1]], self.weight[width + right.shape[1] :]
-        prompt = right[:, -known:] @ own.reshape(known, width) + shared[:width]  # [P, D] a prompt's weights on queries
-        return _sigmoid(left @ prompt.T + right @ shared[width:] + self.bias)
+        w, own, u = np.split(self.weight, [width, width + known * width])
+        prompt = right[:, -known:] @ own.reshape(known, width) + w  # [P, D] a prompt's weights on queries
+        return _sigmoid(left @ prompt.T + right @ u + self.bias)
 
 
 class TwoTower(Crossed):
