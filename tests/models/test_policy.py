@@ -169,6 +169,17 @@ def test_a_batch_without_actions_gives_zeros(policy: Policy) -> None:
     assert torch.equal(policy.kl_to(policy, b), torch.zeros(2, 3))
 
 
+def test_the_mass_of_next_tokens_is_that_of_each_summed(policy: Policy) -> None:
+    asked = [policy.prompt(text, i) for i, text in enumerate(("1+1=", "a longer one, 12+30="))]
+    first, both = policy.next_mass(asked, [[5], [5, 7]])
+    for token, mass in ((5, first), (7, both - first)):
+        batch = Batch.build(asked, [[token]] * 2, texts=[""] * 2, ended=[False] * 2, pad=policy.eos_ids[0])
+        logp = policy.evaluate(batch)["logp"].sum(1)
+        torch.testing.assert_close(mass, logp.exp().detach(), atol=1e-6, rtol=1e-5)
+    with pytest.raises(ValueError, match="none empty"):
+        policy.next_mass(asked, [[]])
+
+
 def test_an_unknown_want_is_named(policy: Policy) -> None:
     with pytest.raises(ValueError, match=r"\['value'\]; it may hold logp, entropy, logit and log_z"):
         policy.evaluate(ragged(2), ("logp", "value"))

@@ -198,6 +198,15 @@ def test_a_local_model_answers_through_our_engine(tmp_path: Path) -> None:
         found[name] = rows(tmp_path / f"{name}.jsonl")
     assert found["one"] == found["two"]
     assert {row["reward"] for row in found["one"]} <= {0.0, 1.0}
+    assert all(row["confidence"] < 0 for row in found["one"]), "a mean log-probability"
+
+
+def test_a_prompt_may_say_where_the_query_goes() -> None:
+    inside = {"prompt_id": "i", "prompt": "Q: {query}\nA:"}
+    first, second = collect.wanted(
+        [{"query": " 1 + 1? ", "answer": 2}], [inside, {"prompt_id": "b", "prompt": " Think."}], 1
+    )
+    assert (first.text, second.text) == ("Q: 1 + 1?\nA:", "1 + 1? Think.")
 
 
 def test_the_verb(server: Server, tmp_path: Path) -> None:

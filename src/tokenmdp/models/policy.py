@@ -23,7 +23,7 @@ from tokenmdp.functional import kl
 from tokenmdp.models import decode
 from tokenmdp.models.backbone import Backbone
 from tokenmdp.models.decode import Drawn
-from tokenmdp.models.parts import in_parts
+from tokenmdp.models.parts import FORWARD_TOKENS, in_parts, micro_batches
 from tokenmdp.models.sampling import Sampling
 from tokenmdp.types import Batch, Prompt, Read
 
@@ -338,6 +338,28 @@ class Policy:
             ValueError: the two vocabularies differ in size.
         """
         return self.divergence(reference, batch)
+
+    @torch.no_grad()
+    def next_mass(self, prompts: Sequence[Prompt], sets: Sequence[Sequence[int]]) -> Float[Tensor, "S N"]:
+        """[S, N] the probability that the token after a prompt is one of a set, for S sets and N prompts, on the CPU.
+
+        What a model answers where one token is the answer, a letter or yes, without generating.
+
+        Raises:
+            ValueError: no prompt, no set, or an empty one.
+        """
+        if not prompts or not sets or not all(sets):
+            raise ValueError(f"{len(prompts)} prompts and {len(sets)} sets of tokens: one of each at least, none empty")
+        # A token stands for the state after the prompt, whose next token is asked for; which one it is changes nothing.
+        n = len(prompts)
+        batch = Batch.build(prompts, [sets[0][:1]] * n, texts=[""] * n, ended=[False] * n, pad=self.eos_ids[0])
+        batch = batch.to(self.device)
+        out = torch.zeros(len(sets), n)
+        for rows in micro_batches(batch.cost, FORWARD_TOKENS):
+            with self.backbone.converted():
+                p = torch.cat([piece for _, piece in self._action_logits(batch.select(rows))]).softmax(-1).float().cpu()
+            out[:, rows.cpu()] = torch.stack([p[:, list(ids)].sum(1) for ids in sets])
+        return out
 
     def _action_logits(self, batch: Batch) -> Iterator[tuple[slice, Tensor]]:
         """Float32 (or wider) logits of the states in which actions were taken, a slice of action positions at a time.

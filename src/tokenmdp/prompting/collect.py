@@ -24,13 +24,15 @@ from tokenmdp.prompting.log import name_of
 from tokenmdp.rewards import numerals
 from tokenmdp.rewards.verifier import after_thinking
 
+QUERY = "{query}"  # where a prompt that has it takes the query
+
 
 @dataclass(frozen=True)
 class Asked:
     """One trial to make.
 
     Attributes:
-        text: what the model reads: the query and the prompt after it.
+        text: what the model reads: the prompt with the query where it says {query}, else the query and the prompt after it.
         repeat: 0 for the first trial of this query and prompt.
     """
 
@@ -43,18 +45,24 @@ class Asked:
 
     @property
     def text(self) -> str:
-        return f"{self.query.strip()} {self.prompt.strip()}"
+        query = self.query.strip()
+        return self.prompt.replace(QUERY, query) if QUERY in self.prompt else f"{query} {self.prompt.strip()}"
 
 
 @dataclass(frozen=True)
 class Answered:
-    """What came back: a text and its cost in tokens, or why there is none."""
+    """What came back: a text and its cost in tokens, or why there is none.
+
+    Attributes:
+        confidence: mean log-probability of the text's tokens as they were sampled, nats; None where nobody says.
+    """
 
     asked: Asked
     text: str | None
     tokens_in: int = 0
     tokens_out: int = 0
     fault: str = ""
+    confidence: float | None = None
 
 
 class Model(Protocol):
@@ -87,8 +95,10 @@ class Local:
             key = name_of(f"{self.seed} {part[0].query_id} {part[0].prompt_id} {part[0].repeat}")
             rng = torch.Generator().manual_seed(int(key, 16))
             b = self.policy.sample(prompts, 1, self.sampling, rng)
-            for a, p, text, length in zip(part, prompts, b.texts, b.action.sum(1).tolist(), strict=True):
-                yield Answered(a, text, len(p.ids), length)
+            assert b.logp_mu is not None, "sampled here"
+            sure = (b.logp_mu * b.action).sum(1) / b.action.sum(1)
+            for i, (a, p) in enumerate(zip(part, prompts, strict=True)):
+                yield Answered(a, b.texts[i], len(p.ids), int(b.action[i].sum()), confidence=float(sure[i]))
 
 
 class Endpoint:
@@ -319,6 +329,7 @@ def collect(
                 "response": answered.text,
                 "reward": judge(answered.text, a.answer),
                 "cost": cost,
+                **({} if answered.confidence is None else {"confidence": answered.confidence}),
             }
         )
         out["made"] += 1

@@ -29,7 +29,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tokenmdp import mdp
-from tokenmdp.models.parts import FORWARD_TOKENS, micro_batches
 from tokenmdp.models.policy import Policy
 from tokenmdp.types import Batch, Prompt, Score
 
@@ -138,7 +137,8 @@ class JudgeModel:
 
     def _verdicts(self, asked: Sequence[tuple[Prompt, Prompt]]) -> Verdicts:
         """What the judge says of pairs, each written out in both orders."""
-        a, b = self._mass([pair[order] for order in (0, 1) for pair in asked]).reshape(2, 2, -1)
+        both = self.policy.next_mass([pair[order] for order in (0, 1) for pair in asked], self.ids)
+        a, b = both.reshape(2, 2, -1)
         mass = a + b
         letter = torch.where(mass > 0, a / mass.clamp_min(1e-30), 0.5)
         verdict = (mass >= self.least).all(0) & (mass > 0).all(0)
@@ -197,25 +197,6 @@ class JudgeModel:
                 "give `letters` that are single tokens and differ"
             )
         return found[0], found[1]
-
-    @torch.no_grad()
-    def _mass(self, asked: Sequence[Prompt]) -> Float[Tensor, "2 N"]:
-        """The probability of each letter as the next token, over the ways to say it."""
-        # The answer's token stands for the state after the rubric, whose next token is asked for; which one is nothing.
-        batch = Batch.build(
-            asked,
-            [self.ids[0][:1]] * len(asked),
-            texts=[""] * len(asked),
-            ended=[False] * len(asked),
-            pad=self.policy.eos_ids[0],
-        ).to(self.policy.device)
-        out = torch.zeros(2, len(asked))
-        for rows in micro_batches(batch.cost, FORWARD_TOKENS):
-            with self.policy.backbone.converted():
-                logits = torch.cat([piece for _, piece in self.policy._action_logits(batch.select(rows))])
-            p = logits.softmax(-1).float().cpu()
-            out[:, rows.cpu()] = torch.stack([p[:, ids].sum(1) for ids in self.ids])
-        return out
 
 
 def quoted(text: str, special: Sequence[str] = ()) -> str:
