@@ -108,3 +108,38 @@ def test_a_trial_that_the_log_numbers_twice_is_refused(tmp_path: Path) -> None:
 def test_logs_without_a_choice_are_refused(tmp_path: Path, rows: list[dict[str, Any]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read(tmp_path, rows)
+
+
+def test_trials_of_several_models_are_not_mixed(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    rows = [{"query": q, "prompt_id": p, "reward": float(p == m), "model": m} for q in "xy" for p in "ab" for m in "ab"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=r"several models, a \(4\), b \(4\)"):
+        logs.read(path)
+    log = logs.read(path, model="b")
+    assert (len(log), log.reward[log.prompt == log.prompt_ids.index("b")].tolist()) == (4, [1.0, 1.0])
+    with pytest.raises(ValueError, match=r"no trials of 'c': it has a \(4\), b \(4\)"):
+        logs.read(path, model="c")
+
+
+def test_champ_is_read_and_graded(tmp_path: Path) -> None:
+    def talk(*said: str | None) -> dict[str, Any]:
+        return {"messages": [{"role": "User", "text": "?"}, *({"role": "Model.M", "text": s} for s in said)]}
+
+    problems = {
+        "P_1": {"_text": "How many strings of length 6?", "_answer": "239", "conversations": {
+            "M|0-Shot": talk("work", "There are 239 strings of length 6."), "M|5-Shot": talk("work", "There are 29.")}},
+        "P_2": {"_text": "Which of 3 and 7?", "_answer": "7", "conversations": {
+            "M|0-Shot": talk("The answer is 7."), "M|5-Shot": talk("Not 7 but 3.")}},
+        "P_3": {"_text": "And in general?", "_answer": "n!", "conversations": {"M|0-Shot": talk("n!")}},
+        "P_4": {"_text": "Too long?", "_answer": "5", "conversations": {"M|0-Shot": talk("5"), "M|5-Shot": talk("x", None)}},
+    }  # fmt: skip
+    path = tmp_path / "v0.json"
+    path.write_text(json.dumps({"problems": problems, "concepts": {}, "hints": {}}))
+    log = logs.read(path)
+    assert log.query_ids == ("P_1", "P_2", "P_4")
+    assert log.prompt_ids == ("0-Shot", "5-Shot")
+    np.testing.assert_array_equal(log.matrix(), [[1, 0], [1, 0], [1, 0]])
+    path.write_text(json.dumps({"problems": {"P_1": {}}}))
+    with pytest.raises(ValueError, match="not laid out as CHAMP's"):
+        logs.read(path)

@@ -1,6 +1,7 @@
 """Prompt-OIRL: a prompt is the one action of a one-step MDP, logged trials are demonstrations, Υ(query, prompt) the reward.
 
     log.py       trials: which prompt was tried on which query, and what came of it
+    champ.py     CHAMP's conversations as trials
     leaks.py     whether queries that were held out repeat queries that were learned from
     features.py  queries and prompts as numbers, embedded once each
     proxy.py     Υ, the learned reward of a query and a prompt

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenmdp.prompting import champ
 from tokenmdp.tasks import files
 
 LONGEST = 1 << 20  # characters of a query or prompt
@@ -140,15 +141,16 @@ class Log:
         return np.unique(self.query)
 
 
-def read(source: str | Path, prompts: str | Path | None = None) -> Log:
+def read(source: str | Path, prompts: str | Path | None = None, model: str = "") -> Log:
     """Read a log, a row at a time.
 
     Args:
-        source: a JSONL, JSON, CSV or Parquet file, gzipped or not, or a hub id.
+        source: a JSONL, JSON, CSV or Parquet file, gzipped or not, CHAMP's `v0.json`, or a hub id.
         prompts: a file with prompt_id and prompt, for logs that name prompts without their texts.
+        model: whose trials to take, of a log of several models.
 
     Raises:
-        ValueError: what `Builder.add` and `Builder.build` raise, with the row's number.
+        ValueError: what `Builder.add` and `Builder.build` raise, with the row's number; no trial of that model.
     """
     texts = {}
     if prompts is not None:
@@ -156,8 +158,9 @@ def read(source: str | Path, prompts: str | Path | None = None) -> Log:
             if "prompt_id" not in row or "prompt" not in row:
                 raise ValueError(f"{prompts}: a row has {', '.join(row)}; it needs prompt_id and prompt")
             texts[str(row["prompt_id"])] = str(row["prompt"])
-    builder = Builder(texts)
-    for number, row in enumerate(files.stream(source), 1):
+    path = Path(source).expanduser()
+    builder = Builder(texts, model)
+    for number, row in enumerate(champ.rows(path) if champ.recognised(path) else files.stream(source), 1):
         builder.add(row, f"{source}, row {number}")
     return builder.build(str(source))
 
@@ -167,10 +170,12 @@ class Builder:
 
     Args:
         texts: of prompts that rows only name.
+        model: whose trials to take; "" where they are all of one.
     """
 
-    def __init__(self, texts: Mapping[str, str] | None = None) -> None:
-        self.texts = dict(texts or {})
+    def __init__(self, texts: Mapping[str, str] | None = None, model: str = "") -> None:
+        self.texts, self.model = dict(texts or {}), model
+        self.models: dict[str, int] = {}
         self.queries: dict[str, int] = {}
         self.query_texts: list[str] = []
         self.parts: dict[str, int] = {}
@@ -187,6 +192,10 @@ class Builder:
             ValueError: a column is missing, a text is too long or of another kind, one id stands for two texts, a
                 reward or propensity is outside its range, or a trial is there twice.
         """
+        name = str(row.get("model") or "")
+        self.models[name] = self.models.get(name, 0) + 1
+        if self.model and name != self.model:
+            return
         if isinstance(row.get("correct"), Mapping):
             for prompt_id, reward in row["correct"].items():
                 self._trial({**row, "prompt_id": prompt_id, "reward": reward}, where)
@@ -264,8 +273,13 @@ class Builder:
             ValueError: there is no trial, there is one prompt only, or all rewards are equal: nothing to choose or learn.
         """
         reward = np.asarray(self.columns["reward"])
+        known = ", ".join(f"{name or 'unnamed'} ({count})" for name, count in self.models.items())
         if not len(reward):
-            raise ValueError(f"{source} has no trials")
+            raise ValueError(f"{source} has no trials" + (f" of {self.model!r}: it has {known}" if self.model else ""))
+        if len(self.models) > 1 and not self.model:
+            raise ValueError(
+                f"{source} holds trials of several models, {known}: what suits one need not suit another; say which, by `model`"
+            )
         if len(self.prompts) < 2:
             raise ValueError(
                 f"{source} tries one prompt only, {next(iter(self.prompts))!r}: there is nothing to choose between"

@@ -27,6 +27,7 @@ from tokenmdp.run import Run
 class Config:
     trials: str = "trials.jsonl"  # the log: query, prompt_id, reward and more; a file or a hub id
     prompts: str = ""  # a file of prompt_id and prompt, for logs that only name prompts
+    model: str = ""  # whose trials to take, of a log of several models
     only: str = ""  # prompt ids with commas between; empty for all
     proxies: str = "constant,neighbours,logistic,boosted"  # what to compare, with commas between
     choice: str = "logistic+boosted"  # the proxy whose pick abstains; + stacks
@@ -45,7 +46,7 @@ class Config:
 
 def main(cfg: Config, run: Run) -> dict[str, Any]:
     """Read the log, judge the proxies and the choices, print the table."""
-    log = logs.read(cfg.trials, cfg.prompts or None)
+    log = logs.read(cfg.trials, cfg.prompts or None, cfg.model)
     log = log.only(cfg.only) if cfg.only else log
     found = evaluate(cfg, log, run)
     (run.folder / "summary.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

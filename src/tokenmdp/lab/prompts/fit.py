@@ -18,6 +18,7 @@ from tokenmdp.run import Run
 class Config:
     trials: str = "trials.jsonl"  # the log: query, prompt_id, reward and more; a file or a hub id
     prompts: str = ""  # a file of prompt_id and prompt, for logs that only name prompts
+    model: str = ""  # whose trials to take, of a log of several models
     only: str = ""  # prompt ids with commas between; empty for all
     proxy: str = "logistic+boosted"  # constant | logistic | boosted, or several with + between: stacked
     sentences: str = (
@@ -34,7 +35,7 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     kept = [name for name in stored.KINDS if name != "stacked"]
     if not set(cfg.proxy.split("+")) <= set(kept):
         raise ValueError(f"proxy is {cfg.proxy!r}; what can be kept is {', '.join(kept)}, or several with + between")
-    log = logs.read(cfg.trials, cfg.prompts or None)
+    log = logs.read(cfg.trials, cfg.prompts or None, cfg.model)
     log = log.only(cfg.only) if cfg.only else log
     learn = features(cfg.sentences, cfg.components, run.folder / "embeddings")
     make = stacked.named(cfg.proxy, learn, cfg.folds, run.seed)
