@@ -40,7 +40,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 import string
 import sys
 import time
@@ -59,8 +58,8 @@ from reward_ranking import ROWS, above, answered, difference, embedded, labelled
 from tokenmdp import stats
 from tokenmdp.functional import overoptimisation
 from tokenmdp.functional.overoptimisation import Form
-from tokenmdp.lab import concordance, demo, optimised, report
-from tokenmdp.lab.report.ink import canvas, colour, label_axes, svg
+from tokenmdp.lab import concordance, demo, optimised
+from tokenmdp.lab.report.ink import canvas, colour, label_axes, sheet, svg
 from tokenmdp.models import catalog
 from tokenmdp.models.heads import Critic
 from tokenmdp.models.parts import in_parts
@@ -427,8 +426,9 @@ def picture(parts: Mapping[str, Mapping[str, Any]]) -> str:
     width, height = 380.0, 300.0
     roles = dict(zip(ARMS, ("ppo", "sft", "bon", "arm3"), strict=True))
     charts = []
-    for row, (name, part) in enumerate(parts.items()):
-        for column, (how, called) in enumerate((("best_of_n", "best of n"), ("ppo", "PPO"))):
+    for name, part in parts.items():
+        row = []
+        for how, called in (("best_of_n", "best of n"), ("ppo", "PPO")):
             figure, axes = canvas(width, height, left=40, right=16, top=34, bottom=38)
             drawn = 0
             for arm, figures in part["arms"].items():
@@ -447,16 +447,9 @@ def picture(parts: Mapping[str, Mapping[str, Any]]) -> str:
             axes.axhline(0, color=colour("rule"), linewidth=1)
             title = f"{name}, {called}: gold solid (faint: the form), proxy dashed; in spreads"
             label_axes(figure, axes, "√KL to the start, √nats", title)
-            chart = svg(figure, f"{name}-{how.replace('_', '-')}", title)
-            at = f'<svg x="{column * width:g}" y="{row * height:g}" width="{width:g}" height="{height:g}"'
-            charts.append(re.sub(r'^<svg class="chart"', at, str(chart)))
-    sheet = (Path(report.__file__).parent / "style.css").read_text(encoding="utf-8")
-    palette = ";".join(dict.fromkeys(re.findall(r"--[a-z]+\d?: #[0-9a-f]{6}", sheet.partition("@media")[0])))
-    size = f"0 0 {2 * width:g} {height * len(parts):g}"
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{size}" font-family="sans-serif"><style>:root{{{palette}}}</style>'
-        f'<rect width="100%" height="100%" fill="var(--card)"/>{"".join(charts)}</svg>\n'
-    )
+            row.append(svg(figure, f"{name}-{how.replace('_', '-')}", title))
+        charts.append(row)
+    return sheet(charts, width, height)
 
 
 # ------------------------------------------------------------ the bench
@@ -476,6 +469,8 @@ def show(results: Mapping[str, Any]) -> None:
                         f"{fit[x]['mean']:.2f}" if fit[x]["mean"] is not None else "–"
                         for x in ("alpha", "beta", "r_squared", "peak")
                     ]
+                    if fit["turns"] < 0.5:  # a peak that most resamples put beyond what was measured is no finding
+                        cells[-1] = "beyond"
                     table.add_row(how, arm, form, *cells, f"{fit['turns']:.0%}")
         console.print(table)
         for line in part["verdict"]:

@@ -11,6 +11,7 @@ import io
 import math
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib
@@ -154,3 +155,27 @@ def _short(numbers: str) -> str:
     """Coordinates to a tenth of a pixel, on one line."""
     joined = " ".join(numbers.split())
     return re.sub(r"-?\d+\.\d+", lambda m: f"{float(m[0]):.1f}".removesuffix(".0"), joined)
+
+
+def sheet(charts: Sequence[Sequence[str]], width: float, height: float) -> str:
+    """Charts in rows as one SVG file that stands alone: their places, and the page's light colours.
+
+    Args:
+        charts: rows of what `svg` made, each `width` by `height`.
+    """
+    placed = [
+        re.sub(
+            r'^<svg class="chart"',
+            f'<svg x="{x * width:g}" y="{y * height:g}" width="{width:g}" height="{height:g}"',
+            one,
+        )
+        for y, row in enumerate(charts)
+        for x, one in enumerate(map(str, row))
+    ]
+    style = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
+    palette = ";".join(dict.fromkeys(re.findall(r"--[a-z]+\d?: #[0-9a-f]{6}", style.partition("@media")[0])))
+    size = f"0 0 {max(map(len, charts)) * width:g} {len(charts) * height:g}"
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{size}" font-family="sans-serif"><style>:root{{{palette}}}</style>'
+        f'<rect width="100%" height="100%" fill="var(--card)"/>{"".join(placed)}</svg>\n'
+    )
