@@ -173,38 +173,26 @@ def toys(size: toy.Size, run: Run, seeds: int, arms: Sequence[str]) -> dict[str,
 
 def conduct(size: toy.Size, run: Run, seeds: int, arms: Sequence[str], count: int, quick: bool) -> None:
     """Do what is not done yet, in `count` processes."""
+    line = [sys.executable, str(Path(__file__).resolve()), *(["--quick"] if quick else []), "--worker", str(run.folder)]
     for phase in toy.orders(size, seeds, arms):
-        todo = [o for o in phase if not (run.folder / toy.name_of(*o) / "result.json").exists()]
-        if not todo:
-            continue
-        with run.progress(len(todo), "compounding", "runs") as bar:
-
-            def heard(order: str, answer: str) -> None:
-                run.note(f"{toy.name_of(*json.loads(order))}: {answer.strip()}")
-                bar.advance()
-
-            if count > 1:
-                line = [sys.executable, str(Path(__file__).resolve()), *(["--quick"] if quick else [])]
-                workers.employ([*line, "--worker", str(run.folder)], [json.dumps(o) for o in todo], count, heard)
-            else:
-                for order in todo:
-                    heard(json.dumps(order), answered(size, run, order))
+        workers.conduct(
+            run, "compounding", phase, lambda o: toy.name_of(*o), lambda o: answered(size, run, o), line, count, str
+        )
 
 
-def answered(size: toy.Size, run: Run, order: Sequence[Any]) -> str:
-    """Do one run; the mistakes in its longest responses as an answer of one line."""
+def answered(size: toy.Size, run: Run, order: Sequence[Any]) -> dict[str, float]:
+    """Do one run; the mistakes in its longest responses."""
     done = toy.trial(size, run, *order)
     means = {kind: np.mean(np.sum(m["own/mistakes"], axis=1)) for kind, m in done["measured"].items()}
-    return json.dumps({kind: round(float(x), 3) for kind, x in means.items()})
+    return {kind: round(float(x), 3) for kind, x in means.items()}
 
 
 def worker(size: toy.Size, folder: Path) -> None:
     """Be one of the processes that share the runs in `folder`."""
 
-    def hired() -> Callable[[str], str]:
-        header = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        run = Run(folder, header["config"], header["seed"], "", None)
-        return lambda order: answered(size, run, json.loads(order))
+    def hired() -> Callable[[Any], Any]:
+        run = workers.run_of(folder)
+        return lambda order: answered(size, run, order)
 
     workers.serve(hired)
 

@@ -30,7 +30,6 @@ Stated before any run; each is judged at the most labels, by the paired differen
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -352,31 +351,21 @@ def show(rows: Sequence[Mapping[str, Any]], judged: Mapping[str, Mapping[str, An
 
 def conduct(run: Run, size: Size, orders: Sequence[Sequence[Any]], count: int) -> None:
     """Do what is not done yet, in `count` processes."""
-    pending = [o for o in orders if not (run.folder / name_of(o) / "result.json").exists()]
-    if not pending:
-        return
-    with run.progress(len(pending), "asking the expert", "runs") as bar:
+    line = [sys.executable, str(Path(__file__).resolve()), "--worker", str(run.folder)]
 
-        def heard(order: str, answer: str) -> None:
-            run.note(f"{name_of(json.loads(order))}: {json.loads(answer)['mistakes']:.3f} mistakes a response")
-            bar.advance()
+    def said(found: Mapping[str, Any]) -> str:
+        return f"{found['mistakes']:.3f} mistakes a response"
 
-        if count > 1:
-            line = [sys.executable, str(Path(__file__).resolve()), "--worker", str(run.folder)]
-            workers.employ(line, [json.dumps(o) for o in pending], count, heard)
-        else:
-            for order in pending:
-                heard(json.dumps(order), json.dumps(trial(run, size, order)))
+    workers.conduct(run, "asking the expert", orders, name_of, lambda o: trial(run, size, o), line, count, said)
 
 
 def worker(folder: Path) -> None:
     """Be one of the processes that share the runs in `folder`."""
 
-    def hired() -> Callable[[str], str]:
-        header = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        size = Size(**{**header["config"], "labels": tuple(header["config"]["labels"])})
-        run = Run(folder, header["config"], header["seed"], "", None)
-        return lambda order: json.dumps(trial(run, size, json.loads(order)))
+    def hired() -> Callable[[Any], Any]:
+        run = workers.run_of(folder)
+        size = Size(**{**run.config, "labels": tuple(run.config["labels"])})
+        return lambda order: trial(run, size, order)
 
     workers.serve(hired)
 

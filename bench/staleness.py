@@ -200,32 +200,21 @@ def settings(quick: bool) -> compare.Config:
 
 def conduct(lab: compare.Lab, orders: Sequence[list[Any]], count: int, folder: Path) -> None:
     """Do what is not done yet, in `count` processes."""
-    pending = [o for o in orders if not (folder / name_of(*o) / "result.json").exists()]
-    if not pending:
-        return
-    with lab.run.progress(len(pending), "staleness", "runs") as bar:
+    line = [sys.executable, str(Path(__file__).resolve()), "--worker", str(folder)]
 
-        def heard(order: str, answer: str) -> None:
-            found = json.loads(answer)
-            lab.run.note(f"{name_of(*json.loads(order))}: {found['final']:.3f} {found['failure']}")
-            bar.advance()
+    def said(found: Mapping[str, Any]) -> str:
+        return f"{found['final']:.3f} {found['failure']}"
 
-        if count > 1:
-            line = [sys.executable, str(Path(__file__).resolve()), "--worker", str(folder)]
-            workers.employ(line, [json.dumps(o) for o in pending], count, heard)
-        else:
-            for order in pending:
-                heard(json.dumps(order), json.dumps(trial(lab, *order)))
+    workers.conduct(lab.run, "staleness", orders, lambda o: name_of(*o), lambda o: trial(lab, *o), line, count, said)
 
 
 def worker(folder: Path) -> None:
     """Be one of the processes that share the runs in `folder`."""
 
-    def hired() -> Callable[[str], str]:
-        header = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        cfg = config.build(compare.Config, header["config"], str(folder / "config.json"))
-        lab = compare.Lab(cfg, Run(folder, header["config"], header["seed"], "", None))
-        return lambda order: json.dumps(trial(lab, *json.loads(order)))
+    def hired() -> Callable[[Any], Any]:
+        run = workers.run_of(folder)
+        lab = compare.Lab(config.build(compare.Config, run.config, str(folder / "config.json")), run)
+        return lambda order: trial(lab, *order)
 
     workers.serve(hired)
 

@@ -19,7 +19,7 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -246,37 +246,34 @@ def seconds(folder: Path) -> float:
 
 def conduct_all(lab: Lab, trials: Sequence[Trial]) -> list[dict[str, Any]]:
     """Every trial's result, in order; those not yet done are done, one after the other or in worker processes."""
-    pending = [t for t in trials if not (lab.run.folder / t.name / "result.json").exists()]
-    if pending:
-        with lab.run.progress(len(pending), "comparison", "runs") as bar:
-
-            def heard(order: str, answer: str) -> None:
-                say(lab, Trial(**json.loads(order)), json.loads(answer))
-                bar.advance()
-
-            if lab.cfg.workers > 1:
-                line = [sys.executable, "-m", "tokenmdp.lab.compare", str(lab.run.folder)]
-                workers.employ(line, [json.dumps(asdict(t)) for t in pending], lab.cfg.workers, heard)
-            else:
-                for trial in pending:
-                    heard(json.dumps(asdict(trial)), json.dumps(lab.conduct(trial)))
+    line = [sys.executable, "-m", "tokenmdp.lab.compare", str(lab.run.folder)]
+    orders = [asdict(trial) for trial in trials]
+    workers.conduct(
+        lab.run,
+        "comparison",
+        orders,
+        lambda o: Trial(**o).name,
+        lambda o: lab.conduct(Trial(**o)),
+        line,
+        lab.cfg.workers,
+        in_short,
+    )
     return [lab.conduct(trial) for trial in trials]
 
 
-def say(lab: Lab, trial: Trial, found: dict[str, Any]) -> None:
-    """A line about a trial that has ended."""
+def in_short(found: Mapping[str, Any]) -> str:
+    """A few words about a trial that has ended."""
     how = found["failure"] or f"score {sum(found['scores']) / max(1, len(found['scores'])):.3f}"
-    lab.run.note(f"{trial.name}: {how}, {found['tokens']} tokens in {found['seconds']:.1f} s")
+    return f"{how}, {found['tokens']} tokens in {found['seconds']:.1f} s"
 
 
 def work(folder: Path) -> None:
     """Be one of the processes that share the trials of the comparison in `folder`."""
 
-    def hired() -> Callable[[str], str]:
-        header = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        cfg: Config = config.build(Config, header["config"], str(folder / "config.json"))
-        lab = Lab(cfg, Run(folder, header["config"], header["seed"], "", None))
-        return lambda order: json.dumps(lab.conduct(Trial(**json.loads(order))))
+    def hired() -> Callable[[Any], Any]:
+        run = workers.run_of(folder)
+        lab = Lab(config.build(Config, run.config, str(folder / "config.json")), run)
+        return lambda order: lab.conduct(Trial(**order))
 
     workers.serve(hired)
 

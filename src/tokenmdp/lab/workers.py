@@ -1,4 +1,4 @@
-"""Work in processes of one thread each: orders go out a line at a time, answers come back a line at a time.
+"""Work in processes of one thread each: orders go out a line of JSON at a time, results come back so.
 
 A worker ends as soon as its parent is gone, however that came about, so that whoever goes on with the work finds nobody
 else at it.
@@ -7,6 +7,7 @@ else at it.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -14,21 +15,66 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
 import torch
+
+from tokenmdp.run import Run
 
 BROKEN = "!"  # begins the answer of a worker that gives up
 
 
-def employ(line: Sequence[str], orders: Sequence[str], workers: int, heard: Callable[[str, str], None]) -> None:
+def conduct(
+    run: Run,
+    title: str,
+    orders: Sequence[Any],
+    name: Callable[[Any], str],
+    do: Callable[[Any], Any],
+    line: Sequence[str],
+    workers: int,
+    said: Callable[[Any], str],
+) -> None:
+    """Do what is not done yet: every order whose folder has no result.
+
+    Args:
+        orders: each as JSON has it.
+        name: an order's folder in the run's.
+        do: does one order here, where there is one worker.
+        line: the command that a worker is, where there are several; it calls `serve`.
+        said: an order's result in a few words, for the run's notes.
+    """
+    pending = [order for order in orders if not (run.folder / name(order) / "result.json").exists()]
+    if not pending:
+        return
+    with run.progress(len(pending), title, "runs") as bar:
+
+        def heard(order: Any, result: Any) -> None:
+            run.note(f"{name(order)}: {said(result)}")
+            bar.advance()
+
+        if workers > 1:
+            employ(line, pending, workers, heard)
+        else:
+            for order in pending:
+                heard(order, do(order))
+
+
+def run_of(folder: Path) -> Run:
+    """The run that a worker has a share in; its folder is locked by whoever employs it."""
+    header = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return Run(folder, header["config"], header["seed"], "", None)
+
+
+def employ(line: Sequence[str], orders: Sequence[Any], workers: int, heard: Callable[[Any, Any], None]) -> None:
     """Have every order done by one of some processes.
 
     Args:
         line: the command that a worker is; it calls `serve`.
-        orders: one line each; who is free takes the next.
+        orders: each as JSON has it; who is free takes the next.
         workers: how many processes.
-        heard: called with an order and its answer as each comes in, from several threads.
+        heard: called with an order and its result as each comes in, from several threads.
 
     Raises:
         RuntimeError: a worker broke off; orders that were not begun are not done.
@@ -40,13 +86,13 @@ def employ(line: Sequence[str], orders: Sequence[str], workers: int, heard: Call
         assert process.stdout is not None
         while todo:
             order = todo.popleft()
-            process.stdin.write(order + "\n")
+            process.stdin.write(json.dumps(order) + "\n")
             process.stdin.flush()
             answer = process.stdout.readline()
             if not answer or answer.startswith(BROKEN):
                 todo.clear()
                 raise RuntimeError(f"the worker that did {order} broke off: {answer[1:].strip() or 'no answer'}")
-            heard(order, answer)
+            heard(order, json.loads(answer))
 
     with contextlib.ExitStack() as stack:
         processes = []
@@ -67,11 +113,11 @@ def employ(line: Sequence[str], orders: Sequence[str], workers: int, heard: Call
                 ended.result()
 
 
-def serve(hired: Callable[[], Callable[[str], str]]) -> None:
+def serve(hired: Callable[[], Callable[[Any], Any]]) -> None:
     """Be a worker: do what comes in on standard input until nobody is there any more.
 
     Args:
-        hired: makes ready, and returns what turns an order into an answer of one line.
+        hired: makes ready, and returns what turns an order into a result.
     """
     orders: SimpleQueue[str] = SimpleQueue()
 
@@ -86,6 +132,6 @@ def serve(hired: Callable[[], Callable[[str], str]]) -> None:
     try:
         answer = hired()
         while True:
-            print(answer(orders.get()), file=out, flush=True)
+            print(json.dumps(answer(json.loads(orders.get()))), file=out, flush=True)
     except Exception as fault:
         print(f"{BROKEN}{fault!r}".replace("\n", " "), file=out, flush=True)
