@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
+from tokenmdp.models import catalog
 from tokenmdp.models.policy import Policy
 from tokenmdp.models.sampling import Sampling
 from tokenmdp.prompting.log import name_of
@@ -189,6 +190,21 @@ class Pace:
             at = max(now, self.next)
             self.next = at + self.gap
         time.sleep(at - now)
+
+
+def model_of(
+    name: str, endpoint: str, sampling: Sampling, chat: bool, seed: int, rows: int = 16, **requests: Any
+) -> Model:
+    """Who answers: what the endpoint calls by that name or, without an endpoint, a local model.
+
+    Args:
+        endpoint: base URL; "" for a local model, a name, a folder or a hub id.
+        chat, rows, seed: of `Local`.
+        requests: of `Endpoint`.
+    """
+    if endpoint:
+        return Endpoint(name, sampling, endpoint, **requests)
+    return Local(catalog.load(name).freeze(), sampling, chat, rows, seed)
 
 
 class Trials:

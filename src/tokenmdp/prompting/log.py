@@ -165,6 +165,18 @@ def read(source: str | Path, prompts: str | Path | None = None, model: str = "")
     return builder.build(str(source))
 
 
+def query_of(row: Mapping[str, Any], number: int) -> str:
+    """The query of a row, which data sets call query, question or prompt.
+
+    Raises:
+        ValueError: none of them is a text.
+    """
+    for name in ("query", "question", "prompt"):
+        if isinstance(row.get(name), str) and row[name].strip():
+            return str(row[name])
+    raise ValueError(f"row {number} has {', '.join(row)}; it needs a query (or question, or prompt) that is a text")
+
+
 class Builder:
     """Takes rows one by one and keeps numbers.
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenmdp.prompting import stored
+from tokenmdp.prompting import log, stored
 from tokenmdp.run import Run
 from tokenmdp.tasks import files
 
@@ -23,7 +23,7 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     """Write choices.jsonl: query, the prompts, and what Υ expects of each."""
     chooser, about = stored.load(Path(cfg.model))
     rows = files.rows(cfg.queries)[: cfg.limit or None]
-    texts = [_query(row, number) for number, row in enumerate(rows, 1)]
+    texts = [log.query_of(row, number) for number, row in enumerate(rows, 1)]
     value = chooser.value(texts)
     picks = chooser.several(texts, cfg.calls) if cfg.calls > 1 else chooser.choose(texts)[:, None]
     for text, row, expected in zip(texts, picks.tolist(), value.tolist(), strict=True):
@@ -36,10 +36,3 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
         "abstains": chooser.abstains,
         "fitted_on": about["log"],
     }
-
-
-def _query(row: dict[str, Any], number: int) -> str:
-    for name in ("query", "question", "prompt"):
-        if isinstance(row.get(name), str) and row[name].strip():
-            return str(row[name])
-    raise ValueError(f"row {number} has {', '.join(row)}; it needs a query (or question, or prompt) that is a text")

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenmdp.models import catalog
 from tokenmdp.models.sampling import Sampling
-from tokenmdp.prompting import collect
+from tokenmdp.prompting import collect, log
 from tokenmdp.run import Run
 from tokenmdp.tasks import files
 
@@ -41,7 +40,7 @@ class Config:
 
 def main(cfg: Config, run: Run) -> dict[str, Any]:
     """Collect; print what was made and what it cost."""
-    queries = [{**row, "query": row.get("query") or row.get("question")} for row in files.stream(cfg.queries)]
+    queries = [{**row, "query": log.query_of(row, n)} for n, row in enumerate(files.stream(cfg.queries), 1)]
     asked = collect.wanted(queries[: cfg.limit or None], files.rows(cfg.prompts), cfg.repeats)
     sampling = Sampling(cfg.max_new_tokens, cfg.temperature)
     trials = collect.Trials(Path(cfg.trials))
@@ -49,13 +48,17 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
         run.note(
             f"the last line of {cfg.trials} was half written and is gone ({trials.dropped} bytes): that trial is made again"
         )
-    model: collect.Model
-    if cfg.endpoint:
-        model = collect.Endpoint(
-            cfg.model, sampling, cfg.endpoint, cfg.concurrency, cfg.per_minute, timeout_seconds=cfg.timeout_seconds
-        )
-    else:
-        model = collect.Local(catalog.load(cfg.model).freeze(), sampling, cfg.chat, cfg.rows, run.seed)
+    model = collect.model_of(
+        cfg.model,
+        cfg.endpoint,
+        sampling,
+        cfg.chat,
+        run.seed,
+        rows=cfg.rows,
+        concurrency=cfg.concurrency,
+        per_minute=cfg.per_minute,
+        timeout_seconds=cfg.timeout_seconds,
+    )
     with run.progress(len(asked), "collect", "trials") as bar:
         found = collect.collect(
             model, asked, trials, price_in=cfg.price_in, price_out=cfg.price_out, advance=bar.advance

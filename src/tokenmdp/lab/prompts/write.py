@@ -13,7 +13,7 @@ import numpy as np
 
 from tokenmdp.models import catalog
 from tokenmdp.models.sampling import Sampling
-from tokenmdp.prompting import collect, stored, write
+from tokenmdp.prompting import collect, log, stored, write
 from tokenmdp.run import Run
 from tokenmdp.tasks import files
 
@@ -36,7 +36,7 @@ class Config:
 def main(cfg: Config, run: Run) -> dict[str, Any]:
     """Propose, rank, check; kept prompts go to prompts.jsonl."""
     chooser, _ = stored.load(Path(cfg.chooser))
-    rows = [{**row, "query": row.get("query") or row.get("question")} for row in files.rows(cfg.queries)]
+    rows = [{**row, "query": log.query_of(row, n)} for n, row in enumerate(files.rows(cfg.queries), 1)]
     ranked = write.ranked(chooser, [str(r["query"]) for r in rows], candidates(cfg, chooser.prompts, run))
     for p in ranked:
         run.append(
@@ -77,11 +77,6 @@ def candidates(cfg: Config, prompts: tuple[str, ...], run: Run) -> list[str]:
 
 def pay(cfg: Config, asked: list[collect.Asked], path: Path, run: Run) -> dict[str, Any]:
     """The trials of the check, those not there yet."""
-    sampling = Sampling(cfg.max_new_tokens, cfg.temperature)
-    model: collect.Model
-    if cfg.endpoint:
-        model = collect.Endpoint(cfg.model, sampling, cfg.endpoint)
-    else:
-        model = collect.Local(catalog.load(cfg.model).freeze(), sampling, cfg.chat, seed=run.seed)
+    model = collect.model_of(cfg.model, cfg.endpoint, Sampling(cfg.max_new_tokens, cfg.temperature), cfg.chat, run.seed)
     with run.progress(len(asked), "check", "trials") as bar:
         return collect.collect(model, asked, collect.Trials(path), advance=bar.advance)
