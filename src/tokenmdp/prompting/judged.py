@@ -69,10 +69,14 @@ def prediction(log: Log, value: NDArray[np.float64]) -> dict[str, Any]:
 
 
 def held_out(
-    log: Log, makers: Mapping[str, Callable[[], Proxy]], folds: int, seed: int
+    log: Log,
+    makers: Mapping[str, Callable[[], Proxy]],
+    folds: int,
+    seed: int,
+    tell: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, NDArray[np.float64]], NDArray[np.int64]]:
     """Every query held out once, whole questions at a time: [Q, P] of each proxy, and [Q] the best constant prompt of
-    the trials it was held out of.
+    the trials it was held out of. `tell` is called after each fold of each proxy.
     """
     shape = (len(log.queries), len(log.prompts))
     values = {name: np.full(shape, np.nan) for name in makers}
@@ -81,6 +85,7 @@ def held_out(
         for part, value in stacked.out_of_fold(log, make, folds, seed):
             at = part.tried()
             values[name][at] = value[at]
+            tell()
     tried = log.tried()
     for learned, held in splits.folds(leaks.groups([log.queries[i] for i in tried]), folds, seed):
         constant[tried[held]] = choose.best_constant(log.of_queries(tried[learned]))

@@ -41,6 +41,7 @@ class Stacked:
     Args:
         members: what makes each; None for `usual`.
         folds: of the log's questions.
+        tell: called after each of the `len(members) * (folds + 1)` fits.
 
     Attributes:
         proxies: the members, fitted on the whole log.
@@ -51,8 +52,14 @@ class Stacked:
         fold: [Q] which fold that was; −1 of queries never tried.
     """
 
-    def __init__(self, members: Sequence[MakeProxy] | None = None, folds: int = 4, seed: int = 0) -> None:
-        self.members, self.folds, self.seed = members, folds, seed
+    def __init__(
+        self,
+        members: Sequence[MakeProxy] | None = None,
+        folds: int = 4,
+        seed: int = 0,
+        tell: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.members, self.folds, self.seed, self.tell = members, folds, seed, tell
 
     def fit(self, log: Log) -> Stacked:
         """Learn on parts, weigh on the rest, learn on all."""
@@ -65,6 +72,7 @@ class Stacked:
             for number, (part, value) in enumerate(out_of_fold(log, make, self.folds, self.seed)):
                 at = part.tried()
                 logit[at, :, k], self.fold[at] = _logit(value[at]), number
+                self.tell()
         place = np.full(len(log.prompts), -1)
         place[known] = np.arange(len(known))
         count = np.bincount(place[log.prompt])
@@ -75,7 +83,10 @@ class Stacked:
             self.held[mine] = _sigmoid(_score(logit[mine], logit[mine][:, known].mean(1), place, *weights, count))
         self.intercept, self.common, self.own = _weighed(log, place, logit, known)
         self.count = count
-        self.proxies = [make().fit(log) for make in members]
+        self.proxies = []
+        for make in members:
+            self.proxies.append(make().fit(log))
+            self.tell()
         return self
 
     def predict(self, queries: Sequence[str], prompts: Sequence[str]) -> NDArray[np.float64]:
@@ -146,8 +157,10 @@ def _logit(p: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(np.log(inside / (1 - inside)))
 
 
-def named(name: str, features: Learn = plain, folds: int = 4, seed: int = 0) -> MakeProxy:
-    """What makes the proxy of a name; names with + between are stacked, by `folds` of the log's questions.
+def named(
+    name: str, features: Learn = plain, folds: int = 4, seed: int = 0, tell: Callable[[], None] = lambda: None
+) -> MakeProxy:
+    """What makes the proxy of a name; names with + between are stacked (see `Stacked` for `folds` and `tell`).
 
     Raises:
         ValueError: there is none of that name.
@@ -168,4 +181,4 @@ def named(name: str, features: Learn = plain, folds: int = 4, seed: int = 0) -> 
         return known[parts[0]]
     once = features if isinstance(features, Once) else Once(features)
     members = [named(part, once, seed=seed) for part in parts]
-    return lambda: Stacked(members, folds, seed)
+    return lambda: Stacked(members, folds, seed, tell)

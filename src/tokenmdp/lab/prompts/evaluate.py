@@ -72,7 +72,8 @@ def evaluate(cfg: Config, log: logs.Log, run: Run) -> dict[str, Any]:
     if cfg.published:
         values, constant, held = published(cfg, log, makers)
     else:
-        values, constant = judged.held_out(log, makers, cfg.folds, run.seed)
+        with run.progress(len(makers) * cfg.folds, "held out", "fits") as bar:
+            values, constant = judged.held_out(log, makers, cfg.folds, run.seed, bar.advance)
         held = log
     picks = {name: choose.best(value) for name, value in values.items() if name != "constant"}
     picks[f"{cfg.choice}, abstaining"] = judged.abstaining(log, held, values[cfg.choice], constant, cfg.inner, run.seed)

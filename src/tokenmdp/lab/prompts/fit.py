@@ -38,8 +38,10 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     log = logs.read(cfg.trials, cfg.prompts or None, cfg.model)
     log = log.only(cfg.only) if cfg.only else log
     learn = features(cfg.sentences, cfg.components, run.folder / "embeddings")
-    make = stacked.named(cfg.proxy, learn, cfg.folds, run.seed)
-    chooser = Chooser(make, cfg.abstain, cfg.folds, log.mean_cost(), cfg.price, run.seed).fit(log)
+    count = cfg.proxy.count("+") + 1
+    with run.progress(count * (cfg.folds + 1) if count > 1 else 0, "fit", "proxies") as bar:
+        make = stacked.named(cfg.proxy, learn, cfg.folds, run.seed, bar.advance)
+        chooser = Chooser(make, cfg.abstain, cfg.folds, log.mean_cost(), cfg.price, run.seed).fit(log)
     path = Path(cfg.trials).expanduser()
     known = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
     about = {
