@@ -93,7 +93,7 @@ def llama2(folder: Path, quick: bool, console: Console) -> dict[str, Any]:
         choice = "logistic" if quick else CHOICE
         values, constant = judged.held_out(log, makers, FOLDS, SEED)
         picks = {which: choose.best(value) for which, value in values.items() if which != "constant"}
-        picks["abstaining"] = judged.abstaining(log, log, values[choice], constant, FOLDS, SEED)
+        picks["abstaining"] = judged.abstaining(log, values[choice], constant, FOLDS, SEED)
         earned = judged.choices(log, picks, constant, SEED)
         out["sets"][name] = {
             "facts": dict(log.facts),

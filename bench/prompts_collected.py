@@ -125,7 +125,7 @@ def before(log: Log, quick: bool) -> dict[str, Any]:
     choice = "logistic" if quick else CHOICE
     values, constant = judged.held_out(log, {n: stacked.named(n, seed=SEED) for n in ("constant", *names)}, FOLDS, SEED)
     picks = {name: choose.best(values[name]) for name in names}
-    picks["abstaining"] = judged.abstaining(log, log, values[choice], constant, FOLDS, SEED)
+    picks["abstaining"] = judged.abstaining(log, values[choice], constant, FOLDS, SEED)
     earned = judged.choices(log, picks, constant, SEED)
     score = values[choice][log.query, log.prompt]
     right = log.reward > 0.5

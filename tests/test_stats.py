@@ -166,7 +166,7 @@ def test_honest_probabilities_are_calibrated():
         ([], [], "at least one number"),
         ([0.5], [1, 0], "1 probabilities and 2 outcomes"),
         ([1.5], [1], "must lie in"),
-        ([0.5], [0.3], "neither 0 nor 1"),
+        ([0.5], [1.3], "outside"),
         ([float("nan")], [1], "NaN"),
     ],
 )

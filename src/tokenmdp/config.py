@@ -65,16 +65,19 @@ RANGES: Mapping[str, Range] = {
     **dict.fromkeys(("steps", "rows", "prompts", "samples", "epochs", "minibatches", "pairs"), COUNT),
     **dict.fromkeys(("max_new_tokens", "max_tokens", "micro_tokens", "evaluate_every", "sync", "updates"), COUNT),
     **dict.fromkeys(("n", "k", "block", "chunk"), COUNT),
+    **dict.fromkeys(("repeats", "concurrency", "calls", "finalists", "components"), COUNT),
+    **dict.fromkeys(("limit", "per_minute", "price", "price_in", "price_out"), NOT_NEGATIVE),
     **dict.fromkeys(
         ("kl", "kl_target", "clip", "clip_high", "entropy", "truncation", "centring", "margin"), NOT_NEGATIVE
     ),
     **dict.fromkeys(("desirable", "undesirable", "demo_weight", "cql", "temperature"), NOT_NEGATIVE),
     **dict.fromkeys(("warmup", "warm_steps", "futures", "rollouts", "overlong", "dynamic_sampling"), NOT_NEGATIVE),
     **dict.fromkeys(("top_k", "threads", "demonstrations", "queries", "timeout"), NOT_NEGATIVE),
-    **dict.fromkeys(("learning_rate", "rate", "beta", "sigma"), POSITIVE),
+    **dict.fromkeys(("learning_rate", "rate", "beta", "sigma", "timeout_seconds"), POSITIVE),
     **dict.fromkeys(("gamma", "lam", "demo_decay", "mixture", "decay"), FRACTION),
     **dict.fromkeys(("target_rate", "top_p"), Range(0, 1, "(]")),
     **dict.fromkeys(("held_out", "keep", "tau"), SHARE),
+    **dict.fromkeys(("folds", "inner", "check"), Range(2, math.inf, "[)")),
     "label_smoothing": Range(0, 0.5, "[)"),
 }
 """What a setting may be, by the name of its field. A recipe may ask for more: `samples` of at least 2."""

@@ -197,14 +197,14 @@ def calibration(prob: ArrayLike, outcome: ArrayLike, bins: int = 10) -> tuple[fl
 
     Args:
         prob: [N] predicted probabilities.
-        outcome: [N] what happened, 0 or 1.
+        outcome: [N] what happened, 0 or 1, or a share of it between.
         bins: number of bins.
 
     Returns:
         The expected calibration error, and the table: `{"predicted", "observed", "count"}` for each bin that has data.
 
     Raises:
-        ValueError: for no data, lengths that differ, a probability outside [0, 1], or an outcome other than 0 and 1.
+        ValueError: for no data, lengths that differ, a probability or an outcome outside [0, 1].
 
     Source: Guo et al. 2017, eq. 3, with the probability of the outcome in the place of top-label confidence.
     """
@@ -215,8 +215,8 @@ def calibration(prob: ArrayLike, outcome: ArrayLike, bins: int = 10) -> tuple[fl
         raise ValueError(
             f"probabilities span {p.min():g} to {p.max():g}: they must lie in [0, 1] (apply the sigmoid first)"
         )
-    if not np.isin(y, (0.0, 1.0)).all():
-        raise ValueError("an outcome is neither 0 nor 1: give what happened, not a score")
+    if y.min() < 0 or y.max() > 1:
+        raise ValueError("an outcome lies outside [0, 1]: give what happened, not a score")
     if bins < 1:
         raise ValueError(f"bins = {bins}: at least one bin is needed")
     which = np.minimum((p * bins).astype(int), bins - 1)

@@ -160,6 +160,84 @@ def test_a_chooser_abstains_where_there_is_nothing_to_gain(strength: float, abst
     assert chooser.several(FEW, 2).shape == (2, 2)
 
 
+def sparse(log: Log, seed: int = 0, first: float = 0.5) -> Log:
+    """One trial a query, of the first prompt with a chance of `first`, which the log says."""
+    rng = np.random.default_rng(seed)
+    which = (rng.random(len(log.queries)) > first).astype(np.int64)
+    at = np.arange(len(log.queries)) * 2 + which
+    return replace(log.select(at), propensity=np.where(which == 0, first, 1 - first))
+
+
+def test_of_a_log_with_one_prompt_a_query_the_gain_is_estimated_by_its_propensities() -> None:
+    log = sparse(log_of(0.8, 1200))
+    chooser = choose.Chooser(stacked.named("logistic")).fit(log)
+    assert chooser.gain is not None
+    # The right prompt earns .95 and .85, the first alone .95 and .15.
+    assert 0.25 < chooser.gain.low < 0.35 < chooser.gain.high < 0.45
+    assert not chooser.abstains
+    value = np.tile([0.5, 0.5], (len(log.queries), 1))
+    picks = np.arange(len(log.queries)) % 2
+    found = judged.choices(log, {"known": picks}, picks * 0, value=value)
+    assert "oracle" not in found
+    assert found["known"]["over_constant"]["mean"] == pytest.approx(0.35, abs=0.06)
+
+
+def test_without_propensities_such_a_log_tells_nothing() -> None:
+    log = replace(sparse(log_of(0.8, 400)), propensity=None)
+    chooser = choose.Chooser(stacked.named("logistic")).fit(log)
+    assert chooser.gain is None
+    assert chooser.abstains
+    picks = np.arange(len(log.queries)) % 2
+    found = judged.choices(log, {"known": picks}, picks * 0)
+    assert judged.in_words(found, "known").startswith("Nothing can be told")
+
+
+def test_a_prompt_tried_on_easy_queries_is_not_credited_with_them() -> None:
+    """b is better by .1 on each query; a was tried on the easy half alone (within queries), or more often there (by μ)."""
+    n = 200
+    ease = np.where(np.arange(n) < n // 2, 0.8, 0.2)
+    every = np.arange(n)
+    names = tuple(map(str, range(n)))
+    query = np.concatenate([every[: n // 2], every])
+    prompt = np.concatenate([np.zeros(n // 2, dtype=np.int64), np.ones(n, dtype=np.int64)])
+    reward = ease[query] + 0.1 * prompt
+    log = Log(names, names, ("a", "b"), ("a", "b"), query, prompt, reward, query * 0)
+    assert log.reward[prompt == 0].mean() > log.reward[prompt == 1].mean()
+    found = choose.worths(log)
+    assert (choose.best_constant(log), found[1] - found[0]) == (1, pytest.approx(0.1))
+    rng = np.random.default_rng(0)
+    often = np.where(ease > 0.5, 0.9, 0.1)  # of a
+    which = (rng.random(n) > often).astype(np.int64)
+    one = Log(
+        names,
+        names,
+        ("a", "b"),
+        ("a", "b"),
+        every,
+        which,
+        ease + 0.1 * which,
+        every * 0,
+        np.where(which, 1 - often, often),
+    )
+    assert choose.best_constant(one) == 1
+    assert choose.best_constant(replace(one, propensity=None)) == 0, "nothing compares them within queries"
+
+
+def test_who_abstains_spends_several_calls_on_the_best_prompts_of_all() -> None:
+    chooser = choose.Chooser(stacked.named("logistic")).fit(log_of(0.0))
+    assert chooser.abstains
+    order = np.argsort(-chooser.worth).tolist()
+    assert chooser.several(FEW, 2).tolist() == [order, order]
+
+
+def test_fractional_rewards_are_calibrated_as_they_are() -> None:
+    at = np.arange(40)
+    names = tuple(map(str, at))
+    log = Log(names, names, ("a", "b"), ("a", "b"), at, at % 2, np.full(40, 0.4) + 0.02 * (at % 2), at * 0)
+    value = np.tile([0.4, 0.42], (40, 1))
+    assert judged.prediction(log, value)["ece"] == pytest.approx(0)
+
+
 def test_cost_makes_a_prompt_unattractive() -> None:
     free = choose.Chooser(proxy.Constant, abstain=False).fit(log_of(0.0))
     dear = choose.Chooser(proxy.Constant, abstain=False, cost=[10.0, 0.0], price=1.0).fit(log_of(0.0))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -51,6 +53,10 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(400, {"error": {"message": "no such model"}})
         if mood == "garbage":
             return self.reply(200, b"<html>hello</html>")
+        if mood == "odd":
+            return self.reply(
+                200, {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": "abc"}
+            )
         if mood == "empty":
             return self.reply(200, {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": []})
         total = sum(map(int, text.partition("=")[0].split("+")))
@@ -99,6 +105,7 @@ class Some:
     """A model that answers the first few and then breaks, as a process that is killed."""
 
     name = "some"
+    settings: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -153,6 +160,57 @@ def test_nothing_is_asked_twice_whatever_ended_the_first_attempt(tmp_path: Path)
     assert collect.collect(Some(0), asked, collect.Trials(path))["made"] == 0
 
 
+def test_a_query_that_is_there_twice_is_asked_once() -> None:
+    assert collect.wanted(QUERIES[:1] * 2, PROMPTS, 1) == collect.wanted(QUERIES[:1], PROMPTS, 1)
+
+
+def test_what_is_no_log_is_not_touched(tmp_path: Path) -> None:
+    for name, text in (
+        ("a.jsonl", '{"some": "thing"}'),
+        ("b.jsonl", '{"some": "thing"}\n'),
+        ("c.jsonl", "query,reward\n"),
+    ):
+        path = tmp_path / name
+        path.write_text(text)
+        with pytest.raises(ValueError, match="line 1: not a trial"):
+            collect.Trials(path)
+        assert path.read_text() == text
+    with pytest.raises(ValueError, match=r"to a file called \*.jsonl"):
+        collect.Trials(tmp_path / "t.csv")
+
+
+def test_a_whole_trial_without_an_end_of_line_is_kept(tmp_path: Path) -> None:
+    asked, path = collect.wanted(QUERIES, PROMPTS, 1), tmp_path / "t.jsonl"
+    collect.collect(Some(99), asked[:3], collect.Trials(path))
+    path.write_bytes(path.read_bytes().rstrip(b"\n"))
+    trials = collect.Trials(path)
+    assert (len(trials.done), trials.dropped) == (3, 0)
+    collect.collect(Some(99), asked[:4], trials)
+    assert len(rows(path)) == 4
+
+
+def test_another_text_or_another_setting_is_not_taken_for_what_was_asked(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    collect.collect(Some(99), collect.wanted(QUERIES, PROMPTS, 1), collect.Trials(path))
+    other = [{**PROMPTS[0], "prompt": "Otherwise."}, PROMPTS[1]]
+    with pytest.raises(ValueError, match="trials of another text as prompt_id 'a'"):
+        collect.collect(Some(99), collect.wanted(QUERIES, other, 1), collect.Trials(path))
+    hot = Some(99)
+    hot.settings = {"temperature": 2}
+    with pytest.raises(ValueError, match=r"asked with \{'temperature': 2\}"):
+        collect.collect(hot, collect.wanted(QUERIES, PROMPTS, 2), collect.Trials(path))
+
+
+def test_a_log_is_written_by_one_process_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    line = f"from pathlib import Path; from tokenmdp.prompting import collect; collect.Trials(Path({str(path)!r}))"
+    held = collect.Trials(path)
+    said = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True)
+    assert "another process is adding to" in said.stderr
+    held.close()
+    assert subprocess.run([sys.executable, "-c", line]).returncode == 0
+
+
 def test_an_endpoint_that_is_busy_is_asked_again(server: Server, tmp_path: Path) -> None:
     server.mood = "busy once"
     found = collect.collect(endpoint(server), collect.wanted(QUERIES, PROMPTS, 1), collect.Trials(tmp_path / "t.jsonl"))
@@ -161,7 +219,8 @@ def test_an_endpoint_that_is_busy_is_asked_again(server: Server, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("mood", "reason"), [("down", "no such model"), ("garbage", "failed 3 times"), ("empty", "holds no text")]
+    ("mood", "reason"),
+    [("down", "no such model"), ("garbage", "failed 3 times"), ("empty", "holds no text"), ("odd", "holds no text")],
 )
 def test_an_endpoint_that_fails_is_given_up_with_the_reason(
     server: Server, tmp_path: Path, mood: str, reason: str
@@ -227,7 +286,8 @@ def test_the_verb(server: Server, tmp_path: Path) -> None:
     [
         ([{"query": "x"}], PROMPTS, 1, "query 1 has no answer; its columns are query"),
         (QUERIES, [{"prompt": "x"}], 1, "prompt 1 has no prompt_id"),
-        (QUERIES[:1] * 2, PROMPTS, 1, "is there twice"),
+        ([QUERIES[0], {**QUERIES[0], "answer": 99}], PROMPTS, 1, "query 2 has the answer 99, and an earlier one"),
+        (QUERIES, PROMPTS[:1] * 2, 1, "is there twice"),
         (QUERIES, PROMPTS, 0, "0 repeats"),
     ],
 )

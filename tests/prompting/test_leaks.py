@@ -36,6 +36,16 @@ def test_three_degrees() -> None:
 def test_numbers_are_one_spelling() -> None:
     assert leaks.normalised("It costs $1,000.50, or 2.0 each.") == leaks.normalised("it costs 1000.5 or 2 EACH")
     assert leaks.normalised("1.5") != leaks.normalised("15")
+    assert leaks.normalised("Order 1000000100") != leaks.normalised("Order 1000000200")
+
+
+def test_signs_that_are_the_difference_stay() -> None:
+    different = ["12 + 5 =", "12 - 5 =", "12 * 5 =", "12 / 5 =", "😀", "🎉", "की", "का", "a < b", "a > b"]
+    assert len(set(map(leaks.normalised, different))) == len(different)
+    assert leaks.normalised("Well-known apples - and 8.0 pears!") == leaks.normalised("well known apples and 8 pears")
+
+
+def test_templates() -> None:
     assert leaks.template("12 pens at 3.5") == leaks.template("1 pens at 2")
 
 

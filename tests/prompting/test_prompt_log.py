@@ -49,8 +49,10 @@ def test_a_row_of_outcomes_is_a_trial_for_every_prompt(tmp_path: Path) -> None:
 
 
 def test_prompts_may_be_named_in_one_file_and_told_in_another(tmp_path: Path) -> None:
-    prompts = write(tmp_path / "prompts.jsonl", [{"prompt_id": "a", "prompt": "Think."}])
-    assert logs.read(write(tmp_path / "log.jsonl", ROWS), prompts).prompts == ("Think.", "b")
+    prompts = write(
+        tmp_path / "prompts.jsonl", [{"prompt_id": i, "prompt": t} for i, t in (("a", "Think."), ("b", "Go."))]
+    )
+    assert logs.read(write(tmp_path / "log.jsonl", ROWS), prompts).prompts == ("Think.", "Go.")
 
 
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:
@@ -114,7 +116,7 @@ def test_trials_of_several_models_are_not_mixed(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     rows = [{"query": q, "prompt_id": p, "reward": float(p == m), "model": m} for q in "xy" for p in "ab" for m in "ab"]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(ValueError, match=r"several models, a \(4\), b \(4\)"):
+    with pytest.raises(ValueError, match="row 2: the log holds trials of several models, 'a' and 'b'"):
         logs.read(path)
     log = logs.read(path, model="b")
     assert (len(log), log.reward[log.prompt == log.prompt_ids.index("b")].tolist()) == (4, [1.0, 1.0])
@@ -143,3 +145,26 @@ def test_champ_is_read_and_graded(tmp_path: Path) -> None:
     path.write_text(json.dumps({"problems": {"P_1": {}}}))
     with pytest.raises(ValueError, match="not laid out as CHAMP's"):
         logs.read(path)
+
+
+def test_what_was_not_tried_may_be_null(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    rows = [{"query": "x", "correct": {"a": 1, "b": None}}, {"query": "y", "correct": {"a": 0, "b": 1}}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    np.testing.assert_array_equal(logs.read(path).matrix(), [[1, np.nan], [0, 1]])
+
+
+def test_one_text_is_one_prompt(tmp_path: Path) -> None:
+    path, texts = tmp_path / "t.jsonl", tmp_path / "p.jsonl"
+    path.write_text(
+        "".join(json.dumps({"query": "x", "prompt_id": p, "prompt": "Same.", "reward": 1}) + "\n" for p in "ab")
+    )
+    with pytest.raises(ValueError, match="'a' and 'b' are the same text"):
+        logs.read(path)
+    path.write_text("".join(json.dumps({"query": "x", "prompt_id": p, "reward": 1}) + "\n" for p in "ab"))
+    texts.write_text(json.dumps({"prompt_id": "a", "prompt": "A"}) + "\n")
+    with pytest.raises(ValueError, match="the file of prompts has no 'b'; it has a"):
+        logs.read(path, texts)
+    texts.write_text("".join(json.dumps({"prompt_id": "a", "prompt": p}) + "\n" for p in "AB"))
+    with pytest.raises(ValueError, match="'a' stands for two texts"):
+        logs.read(path, texts)

@@ -48,6 +48,28 @@ def test_what_is_kept_says_what_was_fitted(tmp_path: Path, kind: str) -> None:
     assert (again.prompts, again.constant, again.gain) == (chooser.prompts, chooser.constant, None)
 
 
+@pytest.mark.parametrize("damage", ["cut", "edited", "exchanged", "not json", "a list"])
+def test_a_damaged_chooser_is_noticed(tmp_path: Path, damage: str) -> None:
+    chooser = Chooser(stacked.named("constant"), abstain=False).fit(log_of(0.8))
+    stored.save(chooser, tmp_path, {})
+    facts, numbers = (tmp_path / name for name in stored.FILES)
+    if damage == "cut":
+        numbers.write_bytes(numbers.read_bytes()[:-9])
+    elif damage == "exchanged":
+        stored.save(
+            Chooser(stacked.named("constant"), abstain=False, cost=[1.0, 2.0], price=1.0).fit(log_of(0.8)),
+            tmp_path / "b",
+            {},
+        )
+        numbers.write_bytes((tmp_path / "b" / stored.FILES[1]).read_bytes())
+    else:
+        facts.write_text(
+            {"edited": facts.read_text().replace("nature", "stones"), "not json": "{", "a list": "[]"}[damage]
+        )
+    with pytest.raises(ValueError, match="is damaged or was changed by hand"):
+        stored.load(tmp_path)
+
+
 def test_what_cannot_be_kept_is_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a TwoTower cannot be kept"):
         stored.save(Chooser(stacked.named("two-tower"), abstain=False).fit(log_of(0.5)), tmp_path, {})

@@ -4,7 +4,7 @@
     gain   = E_q [ r(q, a(q)) − r(q, a*) ],    a* the best constant prompt of the training log
 
 A chooser that is no better than a*, as far as the training log can tell, uses a*: it abstains where the 95 % interval of
-the gain, measured on questions its proxy had not seen, includes 0.
+the gain, measured on questions its proxy had not seen, includes 0, or where the log tried too little to tell.
 
 Source: Sun, Hüyük & van der Schaar 2023 (Prompt-OIRL), section 3.3 (best of n prompts by Υ); the abstention is ours.
 """
@@ -17,12 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenmdp import mdp
-from tokenmdp.prompting import intervals, leaks, stacked
+from tokenmdp.prompting import estimate, intervals, leaks, stacked
 from tokenmdp.prompting.log import Log
 from tokenmdp.prompting.proxy import Proxy
 from tokenmdp.prompting.stacked import Stacked
 from tokenmdp.stats import Interval
 
+WHOLE = 0.95  # the share of queries × prompts a log must have tried to be read off
+TOLD = 0.5  # the share of moved queries on which both prompts must have been tried for a difference to tell
+ROUNDS = 500  # of least squares, prompt effects and query effects in turn
 SETTING = "offline_inverse_rl"  # neither learning nor choosing may act: whoever calls the language model here raises
 
 
@@ -39,7 +42,9 @@ class Chooser:
     Attributes:
         prompts: the texts it chooses between.
         constant: the number of the best constant prompt.
-        gain: what choosing gains over it on questions not seen, with its interval; None without `abstain`.
+        worth: [P] what each prompt is worth over all queries, less its cost.
+        gain: what choosing gains over it on questions not seen, with its interval; None without `abstain`, or where the log
+            cannot tell.
         abstains: whether it uses the constant.
     """
 
@@ -64,25 +69,21 @@ class Chooser:
         self.charge = self.price * np.asarray(self.cost if self.cost is not None else np.zeros(len(log.prompts)))
         if len(self.charge) != len(log.prompts):
             raise ValueError(f"{len(self.charge)} costs for {len(log.prompts)} prompts: one each")
-        self.constant = best_constant(log, self.charge)
+        self.worth = worths(log) - self.charge
+        self.constant = int(np.argmax(self.worth))
         with mdp.within(SETTING):
             self.proxy = self.make().fit(log)
             self.gain: Interval | None = self._gain(log) if self.abstain else None
-        self.abstains = self.gain is not None and not self.gain.low > 0
+        self.abstains = self.abstain and not (self.gain is not None and self.gain.low > 0)
         return self
 
-    def _gain(self, log: Log) -> Interval:
-        table = log.matrix()
-        gained, group = [], []
-        names = leaks.groups(log.queries)
-        for held, value in self._unseen(log):
-            rest = log.of_queries(np.setdiff1d(log.tried(), held))
-            chosen, constant = best(value - self.charge), best_constant(rest, self.charge)
-            difference = table[held, chosen] - self.charge[chosen] - table[held, constant] + self.charge[constant]
-            known = ~np.isnan(difference)  # of a log that did not try everything, the queries that tell
-            gained.append(difference[known])
-            group.append(names[held][known])
-        return intervals.grouped_mean(np.concatenate(gained), np.concatenate(group), seed=self.seed)
+    def _gain(self, log: Log) -> Interval | None:
+        picks, constant = (np.zeros(len(log.queries), dtype=np.int64) for _ in range(2))
+        value = np.full((len(log.queries), len(log.prompts)), np.nan)
+        for held, said in self._unseen(log):
+            value[held], picks[held] = said, best(said - self.charge)
+            constant[held] = best_constant(log.of_queries(np.setdiff1d(log.tried(), held)), self.charge)
+        return gained(log, picks, constant, value, leaks.groups(log.queries), self.charge, self.seed)
 
     def _unseen(self, log: Log) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float64]]]:
         """Fold by fold the queries [q] and what a proxy that did not see them says [q, P]."""
@@ -113,6 +114,8 @@ class Chooser:
         """
         if not 1 <= calls <= len(self.prompts):
             raise ValueError(f"calls is {calls}; with {len(self.prompts)} prompts it is 1 to {len(self.prompts)}")
+        if self.abstains:  # nothing is known of single queries: the prompts that are best on the whole
+            return np.tile(np.argsort(-self.worth, kind="stable")[:calls], (len(queries), 1))
         return np.argsort(-self.value(queries), axis=1, kind="stable")[:, :calls]
 
 
@@ -122,12 +125,74 @@ def best(value: NDArray[np.float64]) -> NDArray[np.int64]:
 
 
 def best_constant(log: Log, charge: NDArray[np.float64] | None = None) -> int:
-    """The prompt with the highest mean reward in the log, queries counted alike; the first of equals."""
-    table = log.matrix()
-    tried = ~np.isnan(table).all(0)
-    means = np.full(table.shape[1], -np.inf)
-    means[tried] = np.nanmean(table[:, tried], axis=0)
-    return int(np.argmax(means if charge is None else means - charge))
+    """The prompt that is worth most in the log; the first of equals."""
+    return int(np.argmax(worths(log) - (0.0 if charge is None else charge)))
+
+
+def worths(log: Log) -> NDArray[np.float64]:
+    """[P] what each prompt is worth over the log's queries, counted alike; −∞ for one that was never tried.
+
+    Of a log that tried everything the mean reward. A log that tried some prompts on the easier queries must not credit
+    them with that: with propensities trials are weighted by their inverse (SNIPS), without them
+    r(q, a) = worth_a + ease_q is fitted by least squares, which compares prompts within queries as far as it can.
+    """
+    table = log.matrix()[log.tried()]
+    known = ~np.isnan(table)
+    out = np.full(table.shape[1], -np.inf)
+    tried = known.any(0)
+    if known.all():
+        return np.asarray(table.mean(0))
+    if log.propensity is not None:
+        top, below = (
+            np.bincount(log.prompt, x / log.propensity, table.shape[1]) for x in (log.reward, np.ones(len(log)))
+        )
+        out[tried] = top[tried] / below[tried]
+        return out
+    filled, count = np.where(known, table, 0.0), known.sum(0)
+    ease = np.zeros(len(table))
+    worth = np.zeros(table.shape[1])
+    for _ in range(ROUNDS):
+        before = worth
+        worth = np.where(tried, (filled - known * ease[:, None]).sum(0) / np.maximum(count, 1), 0.0)
+        ease = (filled - known * worth).sum(1) / known.sum(1)
+        if np.abs(worth - before).max() < 1e-9:
+            break
+    out[tried] = worth[tried] + ease.mean()
+    return out
+
+
+def gained(
+    log: Log,
+    picks: NDArray[np.int64],
+    constant: NDArray[np.int64],
+    value: NDArray[np.float64],
+    group: NDArray[np.int64],
+    charge: NDArray[np.float64] | None = None,
+    seed: int = 0,
+) -> Interval | None:
+    """What picks earn over the constant on the log's queries, less what the prompts cost, with its 95 % interval.
+
+    Where (nearly) everything was tried it is the mean difference; else, by propensities, the doubly robust estimate; else
+    the mean difference on the queries where both were tried, and None if that leaves out most of those that move.
+
+    Args:
+        picks, constant: [Q] prompts.
+        value: [Q, P] Υ that did not see the queries.
+        group: [Q] which queries are one question.
+        charge: [P] reward units that a prompt costs.
+    """
+    at, table = log.tried(), log.matrix()
+    cost = np.zeros(table.shape[1]) if charge is None else charge
+    if (~np.isnan(table[at])).mean() < WHOLE and log.propensity is not None:
+        policies = [estimate.greedy(x, table.shape[1]) for x in (picks, constant)]
+        found = estimate.difference(log, policies[0], policies[1], np.nan_to_num(value), group, seed)
+        dearer = float((cost[picks] - cost[constant])[at].mean())
+        return Interval(*(end - dearer for end in found))
+    difference = (table[at, picks[at]] - cost[picks[at]]) - (table[at, constant[at]] - cost[constant[at]])
+    known, moved = ~np.isnan(difference), picks[at] != constant[at]
+    if moved.any() and known[moved].mean() < TOLD:
+        return None
+    return intervals.grouped_mean(difference[known], group[at][known], seed=seed)
 
 
 def vote(answers: Sequence[str | None]) -> str | None:

@@ -6,6 +6,7 @@ and what the file holds already is not asked again, whatever ended the last atte
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import threading
@@ -25,6 +26,8 @@ from tokenmdp.prompting.log import name_of
 from tokenmdp.rewards import numerals
 from tokenmdp.rewards.verifier import after_thinking
 
+Key = tuple[str, str, str, int]
+Question = tuple[str, str]
 QUERY = "{query}"  # where a prompt that has it takes the query
 
 
@@ -67,11 +70,21 @@ class Answered:
 
 
 class Model(Protocol):
-    """Whatever answers: the answers come in any order."""
+    """Whatever answers: the answers come in any order.
+
+    Attributes:
+        settings: what its answers depend on besides the text.
+    """
 
     name: str
+    settings: dict[str, Any]
 
     def answer(self, asked: Sequence[Asked]) -> Iterator[Answered]: ...
+
+
+def settings_of(sampling: Sampling) -> dict[str, Any]:
+    """What is told apart in a log."""
+    return {"max_new_tokens": sampling.max_new_tokens, "temperature": sampling.temperature, "top_p": sampling.top_p}
 
 
 class Local:
@@ -86,6 +99,7 @@ class Local:
     def __init__(self, policy: Policy, sampling: Sampling, chat: bool = True, rows: int = 16, seed: int = 0) -> None:
         self.policy, self.sampling, self.chat, self.rows, self.seed = policy, sampling, chat, rows, seed
         self.name = policy.name
+        self.settings = {**settings_of(sampling), "chat": chat}
 
     def answer(self, asked: Sequence[Asked]) -> Iterator[Answered]:
         """In order."""
@@ -135,6 +149,7 @@ class Endpoint:
         self.client = openai.OpenAI(api_key=key, base_url=base_url, max_retries=retries, timeout=timeout_seconds)
         self.faults: tuple[type[Exception], ...] = (openai.OpenAIError, ValueError)
         self.name, self.sampling, self.concurrency = model, sampling, concurrency
+        self.settings = settings_of(sampling)
         self.pace = Pace(per_minute)
 
     def answer(self, asked: Sequence[Asked]) -> Iterator[Answered]:
@@ -167,13 +182,17 @@ class Endpoint:
                 temperature=self.sampling.temperature,
                 top_p=self.sampling.top_p,
             )
-            text = reply.choices[0].message.content if getattr(reply, "choices", None) else None
         except self.faults as fault:
             return Answered(asked, None, fault=f"{type(fault).__name__}: {fault}"[:300])
+        try:  # what an endpoint sends is believed in no part of it
+            text = reply.choices[0].message.content
+        except (AttributeError, TypeError, IndexError, KeyError):
+            text = None
         if not isinstance(text, str):
             return Answered(asked, None, fault="the endpoint's reply holds no text")
-        used = reply.usage
-        return Answered(asked, text, used.prompt_tokens if used else 0, used.completion_tokens if used else 0)
+        used = [getattr(getattr(reply, "usage", None), name, 0) for name in ("prompt_tokens", "completion_tokens")]
+        read, written = (n if isinstance(n, int) and n > 0 else 0 for n in used)
+        return Answered(asked, text, read, written)
 
 
 class Pace:
@@ -208,45 +227,93 @@ def model_of(
 
 
 class Trials:
-    """A file of trials that only grows.
+    """A file of trials that only grows, and that one process writes at a time.
 
     Attributes:
-        done: (query_id, prompt_id, model, repeat) of what it holds.
-        dropped: bytes of a half-written last line that were taken away.
+        done: of what it holds, (query_id, prompt_id, model, repeat), and what was asked there.
+        dropped: bytes of a half-written last line; they go when the next trial comes.
+
+    Raises:
+        ValueError: the file holds something else than trials, or a kind of file that cannot grow line by line; nothing
+            is changed.
+        OSError: another process is writing it.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.done, self.dropped = path, set[tuple[str, str, str, int]](), 0
+        if path.suffix != ".jsonl":
+            raise ValueError(f"{path}: trials are appended line by line, to a file called *.jsonl")
+        self.path, self.done, self.dropped = path, dict[Key, Question](), 0
+        self.settings: dict[str, Any] = {}  # of each model, where the file says
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            data = path.read_bytes()
-            whole = data.rfind(b"\n") + 1
-            self.dropped = len(data) - whole
-            for number, line in enumerate(data[:whole].splitlines(), 1):
-                self._know(line, number)
-            if self.dropped:
-                os.truncate(path, whole)
+        self.guard = path.with_suffix(".lock").open("w")
+        try:
+            fcntl.lockf(self.guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as fault:
+            self.guard.close()
+            raise OSError(f"another process is adding to {path}: wait for it, or collect into another file") from fault
+        data = path.read_bytes() if path.exists() else b""
+        self.end = data.rfind(b"\n") + 1
+        for number, line in enumerate(data[: self.end].splitlines(), 1):
+            self._know(line, number)
+        if self.end < len(data):
+            try:  # a whole trial that somebody's editor has left without an end
+                self._know(data[self.end :], data.count(b"\n") + 1)
+                self.end = len(data)
+            except ValueError:
+                if not self.end:
+                    raise
+                self.dropped = len(data) - self.end
+        self.endless = data[: self.end][-1:] not in (b"", b"\n")
 
     def _know(self, line: bytes, number: int) -> None:
         try:
             row = json.loads(line)
-            self.done.add((str(row["query_id"]), str(row["prompt_id"]), str(row["model"]), int(row["repeat"])))
+            self._take(row)
         except (ValueError, KeyError, TypeError) as fault:
             raise ValueError(
                 f"{self.path}, line {number}: not a trial ({fault!r}); nothing was changed: mend the line, or collect into another file"
             ) from fault
 
+    def _take(self, row: Mapping[str, Any]) -> None:
+        key = (str(row["query_id"]), str(row["prompt_id"]), str(row["model"]), int(row["repeat"]))
+        self.done[key] = (str(row["query"]), str(row["prompt"]))
+        if "settings" in row:
+            self.settings[key[2]] = row["settings"]
+
+    def holds(self, asked: Asked, model: str) -> bool:
+        """Whether a trial is there.
+
+        Raises:
+            ValueError: there is one of another text under these names: it would pass for the answer to this one.
+        """
+        found = self.done.get((asked.query_id, asked.prompt_id, model, asked.repeat))
+        for column, was, now in zip(("query", "prompt"), found or (), (asked.query, asked.prompt), strict=False):
+            if was != now:
+                name = asked.query_id if column == "query" else asked.prompt_id
+                raise ValueError(
+                    f"{self.path} holds trials of another text as {column}_id {name!r}: {was!r:.60}, and now {now!r:.60}. Give the "
+                    "new text a new name, or collect into another file"
+                )
+        return found is not None
+
     def add(self, row: Mapping[str, Any]) -> None:
         """Append a trial and see it onto the disk."""
-        line = json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+        line = b"\n" * self.endless + json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+        if self.dropped:
+            os.truncate(self.path, self.end)
         with open(self.path, "ab") as file:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
-        self.done.add((str(row["query_id"]), str(row["prompt_id"]), str(row["model"]), int(row["repeat"])))
+        self.dropped, self.endless = 0, False
+        self._take(row)
+
+    def close(self) -> None:
+        """Let others write."""
+        self.guard.close()
 
 
-class TooManyFaults(RuntimeError):
+class TooManyFaults(OSError):
     """The model fails too often to go on paying for it."""
 
 
@@ -254,7 +321,7 @@ def wanted(queries: Sequence[Mapping[str, Any]], prompts: Sequence[Mapping[str, 
     """Every trial: repeats outermost, so that what is there after an interruption is a smaller whole log.
 
     Raises:
-        ValueError: a row without its columns, two queries or prompts of one id, or none.
+        ValueError: a row without its columns, two texts or answers of one id, or none.
     """
     if not queries or not prompts or repeats < 1:
         raise ValueError(
@@ -266,18 +333,38 @@ def wanted(queries: Sequence[Mapping[str, Any]], prompts: Sequence[Mapping[str, 
             missing = [name for name in needed if row.get(name) in (None, "")]
             if missing:
                 raise ValueError(f"{kind} {number} has no {' and no '.join(missing)}; its columns are {', '.join(row)}")
-    ids = [str(q.get("query_id") or name_of(str(q["query"]))) for q in queries]
-    for kind, names in (("query_id", ids), ("prompt_id", [str(p["prompt_id"]) for p in prompts])):
-        twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
-        if twice is not None:
-            raise ValueError(f"the {kind} {twice!r} is there twice: each query and each prompt once")
+    named = _named(queries)
+    seen = set[str]()
+    for p in prompts:
+        if str(p["prompt_id"]) in seen:
+            raise ValueError(f"the prompt_id {str(p['prompt_id'])!r} is there twice: each prompt once")
+        seen.add(str(p["prompt_id"]))
     for repeat in range(repeats):
-        for query_id, q in zip(ids, queries, strict=True):
+        for query_id, q in named.items():
             for p in prompts:
                 asked.append(
                     Asked(query_id, str(q["query"]), q["answer"], str(p["prompt_id"]), str(p["prompt"]), repeat)
                 )
     return asked
+
+
+def _named(queries: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Queries by their ids; one that is there twice, with the same answer, once.
+
+    Raises:
+        ValueError: an id stands for two texts or two answers.
+    """
+    named: dict[str, Mapping[str, Any]] = {}
+    for number, q in enumerate(queries, 1):
+        query_id = str(q.get("query_id") or name_of(str(q["query"])))
+        first = named.setdefault(query_id, q)
+        for column in ("query", "answer"):
+            if first[column] != q[column]:
+                raise ValueError(
+                    f"query {number} has the {column} {q[column]!r:.60}, and an earlier one of the same name {query_id!r} has "
+                    f"{first[column]!r:.60}: each query once"
+                )
+    return named
 
 
 def grade(text: str, answer: Any) -> float:
@@ -311,20 +398,26 @@ def collect(
         most_faults: failures in a row after which it stops; what was made by then is kept.
 
     Returns:
-        Trials made now, found there, and failed; tokens and cost of those made now.
+        Trials made now, found there, and failed; tokens and cost of those made now; the last `fault`, if any failed.
 
     Raises:
         TooManyFaults: with the last reason; the same call goes on from here.
     """
-    todo = [a for a in asked if (a.query_id, a.prompt_id, model.name, a.repeat) not in trials.done]
+    if trials.settings.get(model.name, model.settings) != model.settings:
+        raise ValueError(
+            f"{trials.path} holds trials of {model.name} with {trials.settings[model.name]}, and now it is asked with {model.settings}: "
+            "answers of the two must not be mixed; collect into another file"
+        )
+    todo = [a for a in asked if not trials.holds(a, model.name)]
     for one in todo:
         judge("", one.answer)  # an answer that cannot be graded is found before anything is paid
-    out = {"made": 0, "found": len(asked) - len(todo), "failed": 0, "tokens_in": 0, "tokens_out": 0, "cost": 0.0}
+    out: dict[str, Any] = {"made": 0, "found": len(asked) - len(todo), "failed": 0}
+    out |= {"tokens_in": 0, "tokens_out": 0, "cost": 0.0}
     row_of_faults = 0
     for answered in model.answer(todo):
         a = answered.asked
         if answered.text is None:
-            out["failed"] += 1
+            out |= {"failed": out["failed"] + 1, "fault": answered.fault}
             row_of_faults += 1
             if row_of_faults >= most_faults:
                 raise TooManyFaults(
@@ -342,6 +435,7 @@ def collect(
                 "prompt": a.prompt,
                 "repeat": a.repeat,
                 "model": model.name,
+                "settings": model.settings,
                 "response": answered.text,
                 "reward": judge(answered.text, a.answer),
                 "cost": cost,
@@ -354,4 +448,6 @@ def collect(
         out["cost"] += cost
         if advance is not None:
             advance(1)
+    if out["failed"] and not out["made"]:
+        raise TooManyFaults(f"{model.name} answered none of {out['failed']} questions, last: {out['fault']}")
     return out

@@ -118,6 +118,19 @@ def estimate(
     return grouped_ratio(parts, divisor, which, resamples, seed)
 
 
+def difference(
+    log: Log,
+    policy: NDArray[np.float64],
+    other: NDArray[np.float64],
+    value: NDArray[np.float64],
+    groups: NDArray[np.int64],
+    seed: int = 0,
+) -> Interval:
+    """What a policy is worth more than another, doubly robust and paired, with its 95 % interval; see `estimate`."""
+    one, two = (terms("dr", log, p, value, weights(log, p)) for p in (policy, other))
+    return grouped_ratio(one - two, np.ones(len(log)), groups[log.query], seed=seed)
+
+
 def overlap(w: NDArray[np.float64]) -> Overlap:
     """What the weights say about how far the log speaks of the policy."""
     total, squares = float(w.sum()), float((w**2).sum())

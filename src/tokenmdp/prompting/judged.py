@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy import stats as scipy_stats
 
 from tokenmdp import stats
-from tokenmdp.prompting import choose, intervals, leaks, splits, stacked
+from tokenmdp.prompting import choose, estimate, intervals, leaks, splits, stacked
 from tokenmdp.prompting.log import Log, retest
 from tokenmdp.prompting.proxy import Proxy
 
@@ -50,11 +50,12 @@ def prediction(log: Log, value: NDArray[np.float64]) -> dict[str, Any]:
         value: [Q, P] Υ.
 
     Returns:
-        accuracy and precision at 1/2, AUC pooled and within prompts, calibration error, the retest ceiling of accuracy.
+        accuracy and precision at 1/2, AUC pooled and within prompts (a reward above 1/2 being a success), the mean squared
+        error, calibration error, the retest ceiling of accuracy.
     """
     score, right = value[log.query, log.prompt], log.reward > 0.5
     says = score > 0.5
-    error, table = stats.calibration(score, right, bins=10)
+    error, table = stats.calibration(score, log.reward, bins=10)
     return {
         "trials": len(log),
         "base_rate": float(right.mean()),
@@ -62,6 +63,7 @@ def prediction(log: Log, value: NDArray[np.float64]) -> dict[str, Any]:
         "precision": float(right[says].mean()) if says.any() else None,
         "auc": auc(score, right),
         "auc_within_prompt": within_prompt_auc(log, score),
+        "squared_error": float(np.square(score - log.reward).mean()),
         "ece": error,
         "calibration": table,
         "retest": retest(log),
@@ -93,66 +95,104 @@ def held_out(
 
 
 def abstaining(
-    log: Log, shown: Log, value: NDArray[np.float64], constant: NDArray[np.int64], parts: int, seed: int
+    log: Log, value: NDArray[np.float64], constant: NDArray[np.int64], parts: int, seed: int
 ) -> NDArray[np.int64]:
     """[Q] the pick of held-out predictions where its gain over the constant is significant, else the constant.
 
     The gain that a question goes by is measured on the held-out predictions of other questions, in `parts` parts.
 
     Args:
-        log: whose numbers of queries and prompts are used.
-        shown: the held-out trials.
+        log: the held-out trials.
     """
-    table, tried, picks = shown.matrix(), shown.tried(), choose.best(value)
+    tried, picks = log.tried(), choose.best(value)
     group = leaks.groups(log.queries)
     out = constant.copy()
     for others, mine in splits.folds(group[tried], parts, seed):
-        at = tried[others]
-        gained = table[at, picks[at]] - table[at, constant[at]]
-        known = ~np.isnan(gained)
-        if intervals.grouped_mean(gained[known], group[at][known], seed=seed).low > 0:
+        gain = choose.gained(log.of_queries(tried[others]), picks, constant, value, group, seed=seed)
+        if gain is not None and gain.low > 0:
             out[tried[mine]] = picks[tried[mine]]
     return out
 
 
 def choices(
-    log: Log, chosen: Mapping[str, NDArray[np.int64]], constant: NDArray[np.int64], seed: int = 0
+    log: Log,
+    chosen: Mapping[str, NDArray[np.int64]],
+    constant: NDArray[np.int64],
+    seed: int = 0,
+    value: NDArray[np.float64] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """What each way to choose earns on the held-out queries, beside the best constant prompt, chance and the oracle.
+
+    A log that tried (nearly) every prompt on every query is read off. Of one that did not, and says with what
+    probability it tried what it tried, everything is estimated (`estimate`, doubly robust); the oracle is then unknown.
 
     Args:
         log: held-out trials; a choice counts on the queries where it was tried.
         chosen: [Q] prompts by name of the chooser, in the log's numbers of queries and prompts.
         constant: [Q] the best constant prompt of the log that each query was held out of.
+        value: [Q, P] Υ, which did not see these trials, for the estimates.
 
     Returns:
-        By name `reward` and `over_constant`, paired by query, each a mean and a 95 % interval that resamples questions.
+        By name `reward` and `over_constant`, paired by query, each a mean and a 95 % interval that resamples questions, and
+        `checked`: on what share of the queries that it moved away from the constant both were tried (1 for estimates).
     """
     table, tried = log.matrix(), log.tried()
     table = table[tried]
-    group = leaks.groups(log.queries)[tried]
+    group = leaks.groups(log.queries)
+    whole = float((~np.isnan(table)).mean()) >= choose.WHOLE
+    picked = {CONSTANT: constant, **chosen}
+    if not whole and log.propensity is not None and value is not None:
+        return _estimated(log, picked, value, group, seed)
     known = ~np.isnan(table).all(1)
+    at, rows = group[tried], np.arange(len(tried))
     earned = {
         "random": np.nanmean(table, axis=1),
-        CONSTANT: table[np.arange(len(tried)), constant[tried]],
-        **{name: table[np.arange(len(tried)), picks[tried]] for name, picks in chosen.items()},
-        "oracle": np.nanmax(np.where(np.isnan(table), -np.inf, table), axis=1),
+        **{name: table[rows, picks[tried]] for name, picks in picked.items()},
+        **({"oracle": np.nanmax(np.where(np.isnan(table), -np.inf, table), axis=1)} if whole else {}),
     }
     out: dict[str, dict[str, Any]] = {}
     for name, reward in earned.items():
         both = known & ~np.isnan(reward) & ~np.isnan(earned[CONSTANT])
-        difference = (reward - earned[CONSTANT])[both]
+        moved = (picked[name] != constant)[tried] if name in picked else np.ones(len(tried), dtype=np.bool_)
         out[name] = {
-            "reward": intervals.grouped_mean(reward[both], group[both], seed=seed)._asdict(),
-            "over_constant": intervals.grouped_mean(difference, group[both], seed=seed)._asdict(),
+            "reward": intervals.grouped_mean(reward[both], at[both], seed=seed)._asdict(),
+            "over_constant": intervals.grouped_mean((reward - earned[CONSTANT])[both], at[both], seed=seed)._asdict(),
             "queries": int(both.sum()),
+            "checked": float(both[moved].mean()) if moved.any() else 1.0,
         }
     return out
+
+
+def _estimated(
+    log: Log,
+    picked: Mapping[str, NDArray[np.int64]],
+    value: NDArray[np.float64],
+    group: NDArray[np.int64],
+    seed: int,
+) -> dict[str, dict[str, Any]]:
+    """What policies are worth by a log that tried part of the prompts, doubly robust."""
+    P = len(log.prompts)
+    policies = {"random": np.full(value.shape, 1 / P), **{name: estimate.greedy(x, P) for name, x in picked.items()}}
+    filled = np.nan_to_num(value)  # of queries that were never tried, which no trial asks for
+    return {
+        name: {
+            "reward": estimate.estimate("dr", log, policy, filled, groups=group, seed=seed)._asdict(),
+            "over_constant": estimate.difference(log, policy, policies[CONSTANT], filled, group, seed)._asdict(),
+            "queries": len(log.tried()),
+            "checked": 1.0,
+        }
+        for name, policy in policies.items()
+    }
 
 
 def in_words(found: Mapping[str, Mapping[str, Any]], name: str) -> str:
     """The first line of a report: whether choosing by Υ pays."""
     gain = found[name]["over_constant"]
+    if found[name]["checked"] < choose.TOLD:
+        return (
+            f"Nothing can be told: where it moves away from the best constant prompt the log tried both on "
+            f"{found[name]['checked']:.0%} of the queries, and it gives no propensities."
+        )
     span = f"{gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}] over the best constant prompt"
     if gain["low"] > 0:
         return f"Choosing a prompt per query pays here: {span}."

@@ -2,7 +2,7 @@
 
 Three degrees, of which the first two stop a split and the third is only told:
 
-    same      equal after case, spaces, punctuation and the spelling of numbers are taken out
+    same      equal after case, spaces, punctuation of sentences and the spelling of numbers are taken out
     near      almost equal: cosine of character n-gram counts (TF-IDF) at or above 0.95
     template  equal but for the numbers: the same problem with other figures
 """
@@ -10,6 +10,7 @@ Three degrees, of which the first two stop a split and the third is only told:
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,8 @@ from tokenmdp.prompting.log import Log
 
 NEAR, CHUNK = 0.95, 512  # the cosine that counts as near, and queries compared at a time
 TOLERATED = 0.01  # the share of held-out queries that may repeat others before a split is stopped
+# Marks of sentences and of money, and a dash that stands next to no number.
+_IDLE = re.compile(r"""[,;:!?'"‘’“”«»„…¿¡()\[\]{}$€£]+|\.(?!\d)|(?<![\d)])(?<![\d)]\s)[-–—](?!\s*[\d(])""")
 _NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
 
 
@@ -48,9 +51,19 @@ class Leaks:
 
 
 def normalised(text: str) -> str:
-    """The text without case, punctuation and double spaces, numbers in one spelling: `8.0` and `8` are the same."""
-    plain = _NUMBER.sub(lambda found: f" {float(found[0].replace(',', '')):g} ", text.lower())
-    return " ".join(re.sub(r"[^\w.]+|\.(?!\d)", " ", plain).split())
+    """The text without case, punctuation of sentences and double spaces, numbers in one spelling: `8.0` and `8` are the same.
+
+    Signs that may be the whole difference between two questions stay: `12 + 5` is not `12 - 5`.
+    """
+    plain = _NUMBER.sub(lambda found: f" {_spelled(found[0])} ", unicodedata.normalize("NFC", text).lower())
+    return " ".join(_IDLE.sub(" ", plain).split())
+
+
+def _spelled(number: str) -> str:
+    """A number without separators and without noughts that say nothing."""
+    whole, point, part = number.replace(",", "").partition(".")
+    part = part.rstrip("0")
+    return (whole.lstrip("0") or "0") + (point + part if part else "")
 
 
 def template(text: str) -> str:

@@ -152,12 +152,14 @@ def read(source: str | Path, prompts: str | Path | None = None, model: str = "")
     Raises:
         ValueError: what `Builder.add` and `Builder.build` raise, with the row's number; no trial of that model.
     """
-    texts = {}
+    texts: dict[str, str] = {}
     if prompts is not None:
         for row in files.stream(prompts):
             if "prompt_id" not in row or "prompt" not in row:
                 raise ValueError(f"{prompts}: a row has {', '.join(row)}; it needs prompt_id and prompt")
-            texts[str(row["prompt_id"])] = str(row["prompt"])
+            name = str(row["prompt_id"])
+            if texts.setdefault(name, str(row["prompt"])) != str(row["prompt"]):
+                raise ValueError(f"{prompts}: the prompt_id {name!r} stands for two texts")
     path = Path(source).expanduser()
     builder = Builder(texts, model)
     for number, row in enumerate(champ.rows(path) if champ.recognised(path) else files.stream(source), 1):
@@ -173,7 +175,7 @@ def query_of(row: Mapping[str, Any], number: int) -> str:
     """
     for name in ("query", "question", "prompt"):
         if isinstance(row.get(name), str) and row[name].strip():
-            return str(row[name])
+            return _text(row[name], name, f"row {number}")
     raise ValueError(f"row {number} has {', '.join(row)}; it needs a query (or question, or prompt) that is a text")
 
 
@@ -208,9 +210,15 @@ class Builder:
         self.models[name] = self.models.get(name, 0) + 1
         if self.model and name != self.model:
             return
+        if len(self.models) > 1 and not self.model:
+            known = " and ".join(repr(one) for one in self.models)
+            raise ValueError(
+                f"{where}: the log holds trials of several models, {known}: what suits one need not suit another; name one with --model"
+            )
         if isinstance(row.get("correct"), Mapping):
             for prompt_id, reward in row["correct"].items():
-                self._trial({**row, "prompt_id": prompt_id, "reward": reward}, where)
+                if reward is not None:  # a table that is the same for all rows says so of what was not tried
+                    self._trial({**row, "prompt_id": prompt_id, "reward": reward}, where)
         else:
             self._trial(row, where)
 
@@ -252,8 +260,15 @@ class Builder:
         return number
 
     def _prompt(self, name: str, given: Any, where: str) -> int:
+        if given is None and self.texts and name not in self.texts:
+            raise ValueError(f"{where}: the file of prompts has no {name!r}; it has {', '.join(self.texts)}")
         text = self.texts.get(name, name) if given is None else _text(given, "prompt", where)
         if name not in self.prompts:
+            if text in self.prompt_texts:
+                twin = list(self.prompts)[self.prompt_texts.index(text)]
+                raise ValueError(
+                    f"{where}: the prompts {twin!r} and {name!r} are the same text: give them one prompt_id"
+                )
             self.prompts[name] = len(self.prompts)
             self.prompt_texts.append(text)
         number = self.prompts[name]
@@ -288,10 +303,6 @@ class Builder:
         known = ", ".join(f"{name or 'unnamed'} ({count})" for name, count in self.models.items())
         if not len(reward):
             raise ValueError(f"{source} has no trials" + (f" of {self.model!r}: it has {known}" if self.model else ""))
-        if len(self.models) > 1 and not self.model:
-            raise ValueError(
-                f"{source} holds trials of several models, {known}: what suits one need not suit another; say which, by `model`"
-            )
         if len(self.prompts) < 2:
             raise ValueError(
                 f"{source} tries one prompt only, {next(iter(self.prompts))!r}: there is nothing to choose between"
@@ -360,13 +371,17 @@ def _text(value: Any, column: str, where: str) -> str:
         raise ValueError(f"{where}: {column} is {value!r:.60}; it must be a text that is not empty")
     if len(value) > LONGEST:
         raise ValueError(f"{where}: {column} has {len(value)} characters, more than {LONGEST}: cut it or drop the row")
+    if any("\ud800" <= c <= "\udfff" for c in value):
+        raise ValueError(
+            f"{where}: {column} holds half of a surrogate pair, which no file can be written with: mend it"
+        )
     return value
 
 
 def _number(value: Any, column: str, where: str) -> float:
     try:
         found = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{where}: {column} is {value!r:.60}; it must be a number") from None
     if not math.isfinite(found):
         raise ValueError(f"{where}: {column} is {found}; it must be finite")

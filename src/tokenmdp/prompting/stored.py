@@ -1,11 +1,12 @@
 """A chooser on disk: a table of numbers and a JSON file; nothing that is read back can run code.
 
-chooser.json          prompts, the best constant one, the gain, which proxy, vocabularies
+chooser.json          prompts, the best constant one, the gain, which proxy, vocabularies; a hash of all of it and of the numbers
 chooser.safetensors   what the proxy and its features learned
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,13 +48,20 @@ def save(chooser: Chooser, folder: Path, about: Mapping[str, Any]) -> None:
         "abstains": chooser.abstains,
         "upsilon": told,
     }
-    arrays = {"charge": chooser.charge, **_over("upsilon.", learned)}
+    arrays = {"charge": chooser.charge, "worth": chooser.worth, **_over("upsilon.", learned)}
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         name: torch.from_numpy(np.array(array, order="C")) for name, array in arrays.items()
     }  # a copy: members share
     save_file(tensors, folder / FILES[1])
+    facts["sha256"] = _hash(facts, folder)
     (folder / FILES[0]).write_text(json.dumps(facts, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _hash(facts: Mapping[str, Any], folder: Path) -> str:
+    """Of everything that is kept, so that a file that was cut, edited or exchanged is noticed."""
+    told = json.dumps({name: fact for name, fact in facts.items() if name != "sha256"}, sort_keys=True)
+    return hashlib.sha256(told.encode() + (folder / FILES[1]).read_bytes()).hexdigest()
 
 
 def load(folder: Path, embed: Embed | None = None) -> tuple[Chooser, dict[str, Any]]:
@@ -63,12 +71,18 @@ def load(folder: Path, embed: Embed | None = None) -> tuple[Chooser, dict[str, A
         embed: the sentence model it was fitted with; None for the one that is named there.
 
     Raises:
-        ValueError: the folder holds no chooser, or one whose sentence model is neither given nor named.
+        ValueError: the folder holds no chooser, a damaged one, or one whose sentence model is neither given nor named.
     """
     folder = folder if (folder / FILES[0]).is_file() else folder / "model"
     if not all((folder / name).is_file() for name in FILES):
         raise ValueError(f"{folder} holds no chooser ({' and '.join(FILES)}): make one with `tokenmdp prompts fit`")
-    facts = json.loads((folder / FILES[0]).read_text(encoding="utf-8"))
+    try:
+        facts = json.loads((folder / FILES[0]).read_text(encoding="utf-8"))
+        whole = facts["sha256"] == _hash(facts, folder)
+    except (ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{folder} is damaged or was changed by hand ({' or '.join(FILES)}): fit the chooser again")
     if embed is None and facts["about"].get("sentences"):
         embed = sentences.embedder(str(facts["about"]["sentences"]))
     arrays = {name: tensor.numpy() for name, tensor in load_file(folder / FILES[1]).items()}
@@ -76,7 +90,7 @@ def load(folder: Path, embed: Embed | None = None) -> tuple[Chooser, dict[str, A
     chooser.prompts = tuple(facts["prompts"])
     chooser.constant, chooser.abstains = int(facts["constant"]), bool(facts["abstains"])
     chooser.gain = None if facts["gain"] is None else Interval(**facts["gain"])
-    chooser.charge = arrays["charge"]
+    chooser.charge, chooser.worth = arrays["charge"], arrays["worth"]
     chooser.proxy = _made(facts["upsilon"], _under("upsilon.", arrays), embed)
     return chooser, facts["about"]
 

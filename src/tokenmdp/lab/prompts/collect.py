@@ -41,12 +41,13 @@ class Config:
 def main(cfg: Config, run: Run) -> dict[str, Any]:
     """Collect; print what was made and what it cost."""
     queries = [{**row, "query": log.query_of(row, n)} for n, row in enumerate(files.stream(cfg.queries), 1)]
-    asked = collect.wanted(queries[: cfg.limit or None], files.rows(cfg.prompts), cfg.repeats)
+    queries, prompts = queries[: cfg.limit or None], files.rows(cfg.prompts)
+    asked = collect.wanted(queries, prompts, cfg.repeats)
     sampling = Sampling(cfg.max_new_tokens, cfg.temperature)
     trials = collect.Trials(Path(cfg.trials))
     if trials.dropped:
         run.note(
-            f"the last line of {cfg.trials} was half written and is gone ({trials.dropped} bytes): that trial is made again"
+            f"the last line of {cfg.trials} was half written and goes ({trials.dropped} bytes): that trial is made again"
         )
     model = collect.model_of(
         cfg.model,
@@ -63,5 +64,12 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
         found = collect.collect(
             model, asked, trials, price_in=cfg.price_in, price_out=cfg.price_out, advance=bar.advance
         )
-    run.note(", ".join(f"{name} {value:,.6g}" for name, value in found.items()))
+    said = ", ".join(f"{name} {value:,.6g}" for name, value in found.items() if name != "fault")
+    run.note(
+        said + (f"; the last failure: {found['fault']}; run this again to make what failed" if found["failed"] else "")
+    )
+    if len(asked) < len(queries) * len(prompts) * cfg.repeats:
+        run.note(
+            f"{len(queries) - len(asked) // (len(prompts) * cfg.repeats)} queries are there twice and were asked once"
+        )
     return found

@@ -76,8 +76,8 @@ def evaluate(cfg: Config, log: logs.Log, run: Run) -> dict[str, Any]:
             values, constant = judged.held_out(log, makers, cfg.folds, run.seed, bar.advance)
         held = log
     picks = {name: choose.best(value) for name, value in values.items() if name != "constant"}
-    picks[f"{cfg.choice}, abstaining"] = judged.abstaining(log, held, values[cfg.choice], constant, cfg.inner, run.seed)
-    earned = judged.choices(held, picks, constant, run.seed)
+    picks[f"{cfg.choice}, abstaining"] = judged.abstaining(held, values[cfg.choice], constant, cfg.inner, run.seed)
+    earned = judged.choices(held, picks, constant, run.seed, values[cfg.choice])
     pick = picks.get(cfg.choice, constant)
     return {
         "kind": "prompts",
@@ -132,7 +132,7 @@ def tables(found: dict[str, Any]) -> list[Table]:
     for name, row in found["choices"].items():
         first.add_row(name, span(row["reward"]), span(row["over_constant"]), str(row["queries"]))
     second = Table(title="what Υ says of held-out trials", title_justify="left")
-    kinds = ("accuracy", "precision", "auc", "auc_within_prompt", "ece", "retest")
+    kinds = ("accuracy", "precision", "auc", "auc_within_prompt", "squared_error", "ece", "retest")
     for name in ("proxy", *kinds):
         second.add_column(name.replace("_", " "), justify="left" if name == "proxy" else "right")
     for name, row in found["prediction"].items():

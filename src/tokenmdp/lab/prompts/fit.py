@@ -37,6 +37,8 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
         raise ValueError(f"proxy is {cfg.proxy!r}; what can be kept is {', '.join(kept)}, or several with + between")
     log = logs.read(cfg.trials, cfg.prompts or None, cfg.model)
     log = log.only(cfg.only) if cfg.only else log
+    if cfg.price and log.cost is None:
+        raise ValueError(f"price is {cfg.price}, but {cfg.trials} has no column cost: leave --price out")
     learn = features(cfg.sentences, cfg.components, run.folder / "embeddings")
     count = cfg.proxy.count("+") + 1
     with run.progress(count * (cfg.folds + 1) if count > 1 else 0, "fit", "proxies") as bar:
@@ -53,6 +55,11 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     }
     stored.save(chooser, run.folder / "model", about)
     gain = chooser.gain
+    if cfg.abstain and gain is None:
+        run.note(
+            "the log tried too few prompts on the same queries to tell what choosing gains, and gives no propensities: it will "
+            "use the best constant prompt (--no-abstain chooses all the same)"
+        )
     if gain is not None:
         does = "it will use the best constant prompt" if chooser.abstains else "it will choose per query"
         run.note(f"gain over the best constant prompt {gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]: {does}")

@@ -14,6 +14,7 @@ import numpy as np
 from tokenmdp.models import catalog
 from tokenmdp.models.sampling import Sampling
 from tokenmdp.prompting import collect, log, stored, write
+from tokenmdp.prompting.log import name_of
 from tokenmdp.run import Run
 from tokenmdp.tasks import files
 
@@ -45,15 +46,19 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     finalists = ranked[: cfg.finalists]
     if not finalists:
         raise ValueError("nothing new was proposed: raise `count`, or let a model propose")
-    old = {"prompt_id": "constant", "prompt": chooser.prompts[chooser.constant]}
+    constant = chooser.prompts[chooser.constant]
+    old = {"prompt_id": name_of(constant), "prompt": constant}
     texts = [old, *({"prompt_id": p.prompt_id, "prompt": p.prompt} for p in finalists)]
     order = np.random.default_rng(run.seed).permutation(len(rows))[: cfg.check]
     path = run.folder / "check.jsonl"
-    paid = pay(cfg, collect.wanted([rows[i] for i in order], texts, 1), path, run)
-    trials = files.rows(path)
+    asked = collect.wanted([rows[i] for i in order], texts, 1)
+    paid = pay(cfg, asked, path, run)
+    # What earlier checks in this folder paid for counts where it is the same question to the same model, and only there.
+    names = {a.query_id for a in asked}
+    trials = [t for t in files.rows(path) if t["query_id"] in names and t["model"] == paid["model"]]
     kept = []
     for p in finalists:
-        gain = write.checked(trials, p.prompt_id, "constant", run.seed)
+        gain = write.checked(trials, p.prompt_id, old["prompt_id"], run.seed)
         said = f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] over the best constant prompt"
         run.note(f"{'kept' if gain.low > 0 else 'dropped'}: {p.prompt!r}, {said}; Υ expected {p.expected:.3f}")
         if gain.low > 0:
@@ -79,4 +84,4 @@ def pay(cfg: Config, asked: list[collect.Asked], path: Path, run: Run) -> dict[s
     """The trials of the check, those not there yet."""
     model = collect.model_of(cfg.model, cfg.endpoint, Sampling(cfg.max_new_tokens, cfg.temperature), cfg.chat, run.seed)
     with run.progress(len(asked), "check", "trials") as bar:
-        return collect.collect(model, asked, collect.Trials(path), advance=bar.advance)
+        return {**collect.collect(model, asked, collect.Trials(path), advance=bar.advance), "model": model.name}
