@@ -520,7 +520,7 @@ def test_the_switch_works_without_a_script(demo):
         (47.62, "47.6"),
         (128.4, "128"),
         (3200, "3,200"),
-        (0.0061, "0.00610"),
+        (0.0061, "0.006"),
     ],
 )
 def test_numbers_for_people(value, shown):

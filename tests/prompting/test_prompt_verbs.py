@@ -101,7 +101,7 @@ def test_evaluate_says_whether_choosing_pays(tmp_path: Path, capsys: pytest.Capt
         )
     assert found["verdict"].startswith("Choosing a prompt per query pays here")
     summary = json.loads((tmp_path / "run/summary.json").read_text())
-    assert summary["choices"]["logistic, abstaining"]["over_constant"]["low"] > 0
+    assert summary["choices"]["abstaining"]["over_constant"]["low"] > 0
     assert summary["choices"]["oracle"]["reward"]["mean"] >= summary["choices"]["logistic"]["reward"]["mean"]
     assert (
         summary["prediction"]["constant"]["auc_within_prompt"]

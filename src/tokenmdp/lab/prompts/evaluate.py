@@ -76,7 +76,7 @@ def evaluate(cfg: Config, log: logs.Log, run: Run) -> dict[str, Any]:
             values, constant = judged.held_out(log, makers, cfg.folds, run.seed, bar.advance)
         held = log
     picks = {name: choose.best(value) for name, value in values.items() if name != "constant"}
-    picks[f"{cfg.choice}, abstaining"] = judged.abstaining(held, values[cfg.choice], constant, cfg.inner, run.seed)
+    picks["abstaining"] = judged.abstaining(held, values[cfg.choice], constant, cfg.inner, run.seed)
     earned = judged.choices(held, picks, constant, run.seed, values[cfg.choice])
     pick = picks.get(cfg.choice, constant)
     return {

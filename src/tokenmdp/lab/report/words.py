@@ -23,7 +23,7 @@ def num(x: float | None) -> str:
     if x is None or not math.isfinite(x):
         return NONE
     if abs(x) < 0.01:
-        return fine(x)
+        return f"{x:.3f}".replace("-", "−") if abs(x) >= 0.0005 else fine(x)
     return f"{x:,.{2 if abs(x) < 9.995 else 1 if abs(x) < 99.95 else 0}f}".replace("-", "−")
 
 
