@@ -15,6 +15,7 @@ above 0 at every draw; it grows with the log where the gain at the largest size 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 import common
-from tokenmdp.lab.report.ink import canvas, colour, label_axes, sheet, svg, whisker
+from tokenmdp.lab.report.ink import canvas, colour, fixed_ticks, label_axes, sheet, svg, whisker
 from tokenmdp.prompting import champ, choose, intervals, judged, leaks, proxy, stacked
 from tokenmdp.prompting import log as logs
 from tokenmdp.prompting.features import Once
@@ -134,29 +135,30 @@ def pooled(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def picture(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """The gain over the best constant prompt against questions in the log, a chart a log, a line a number of prompts."""
+    """The gain over the best constant prompt against questions in the log, a chart a log, a line a number of prompts.
+
+    Logs of one size have no curve; they are in the table.
+    """
     width, height, columns = 330.0, 240.0, 3
     roles = dict(zip(PROMPTS, ("sft", "bon", "ppo"), strict=True))
     charts = []
     for number, (name, cells) in enumerate(found.items()):
-        figure, axes = canvas(width, height, left=44, right=16, top=34, bottom=38)
+        sizes = sorted({c["questions"] for c in cells})
+        if len(sizes) < 2:
+            continue
+        figure, axes = canvas(width, height, left=44, right=16, top=44, bottom=38)
         for k, (count, role) in enumerate(roles.items()):
             line = sorted((c for c in cells if c["prompts"] == count), key=lambda c: c["questions"])
-            x = [c["questions"] * 1.06 ** (k - 1) for c in line]
+            x = [math.log(c["questions"]) + 0.06 * (k - 1) for c in line]
             axes.plot(x, [100 * c["mean"] for c in line], color=colour(role), linewidth=2, marker="o", markersize=4)
             for at, c in zip(x, line, strict=True):
                 whisker(axes, at, 100 * c["low"], 100 * c["high"], role)
             text = f"{count} prompts" if k == 0 else str(count)
-            figure.text(
-                (56 + (0, 84, 104)[k]) / width,
-                1 - 30 / height,
-                text,
-                color=colour(role),
-                fontsize=10.5,
-                fontweight="bold",
-            )
+            place = ((48, 124, 142)[k]) / width
+            figure.text(place, 1 - 30 / height, text, color=colour(role), fontsize=10.5, fontweight="bold")
         axes.axhline(0, color=colour("rule"), linewidth=1)
-        axes.set_xscale("log")
+        fixed_ticks(axes, [math.log(s) for s in sizes])
+        axes.set_xticklabels([f"{s:,}" for s in sizes])
         label_axes(figure, axes, "questions in the log", f"{name}: points over the best constant")
         charts.append(svg(figure, f"gain-{number}", f"{name}: gain over the best constant prompt by log size"))
     return sheet([charts[i : i + columns] for i in range(0, len(charts), columns)], width, height)
@@ -198,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         line = line.replace(str(path), word) if path else line
     results = {"command": line, **common.machine(), "logs": found}
     common.write(args.json, results)
-    if args.svg:
+    if args.svg and any(len({c["questions"] for c in f["pooled"]}) > 1 for f in found.values()):
         args.svg.parent.mkdir(parents=True, exist_ok=True)
         args.svg.write_text(picture({name: f["pooled"] for name, f in found.items()}), encoding="utf-8")
     return results
