@@ -88,7 +88,7 @@ def test_fit_then_choose(tmp_path: Path, strength: float, abstains: bool) -> Non
         made = choose.main(cfg, run)
     rows = [json.loads(line) for line in (tmp_path / "choose/choices.jsonl").read_text().splitlines()]
     if abstains:
-        assert made["best_constant_chosen"] == 1.0
+        assert made["share_best_constant"] == 1.0
     else:
         assert [row["prompts"] for row in rows] == [[PROMPTS[0]], [PROMPTS[1]]]
 

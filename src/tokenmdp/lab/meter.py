@@ -44,7 +44,7 @@ KINDS = ("mistakes", "distance")
 class Config:
     student: str = "smollm2-135m-instruct"  # a name, a folder or a hub id: whose responses are watched
     teacher: str = ""  # the same; empty asks the exact expert of the task that `prompts` names
-    prompts: str = "prompts.jsonl"  # a file, a hub id or a task's name, whose held-out prompts are taken
+    prompts: str = "prompts.jsonl"  # a file or a hub id, or a task's name, of which the held-out prompts are taken
     most: int = 64  # prompts, at most
     samples: int = 8  # responses a prompt, of the student and of a teacher that samples
     max_new_tokens: int = 64  # the longest T
@@ -325,6 +325,7 @@ def _growth(lengths: Sequence[int], until: Array) -> dict[str, Any]:
         return {"mean": slope if np.isfinite(slope) else None, "why": str(why)}
 
 
+TELLING = 1.2  # the worst case's own exponent, below which growth tells nothing
 PROMISES = (
     "The theorems bound mistakes from above and predict nothing: T² ε for cloning is reached only where a mistake is never "
     "made good, and a cloned model may stay far below it; cloning by log-loss can have a bound free of T.",
@@ -345,13 +346,17 @@ def words(figures: Mapping[str, Any], student: str, teacher: str, exact: bool) -
         -1: "errors do not compound: the cost grows more slowly than the length",
         None: "how the cost grows cannot be told from these responses",
     }[_side(slope)]
+    worst = figures["worst_case"]
+    if _side(slope) != 1 and worst["exponent"] is not None and worst["exponent"] < TELLING:
+        verdict = (
+            "nothing can be told of compounding: the error is so large that not even the worst case would grow faster"
+        )
     out = [
         f"Along the responses of {student} {verdict} (exponent {_shown(slope)} from T = {lengths[0]} to {lengths[-1]}).",
         f"In {lengths[-1]} steps {what} come to {_shown(cost)}, judged by {teacher}.",
         f"A step costs {_shown(error['own_states'])} in the student's own states and {_shown(error['shown_states'])} in the "
         f"teacher's: a ratio of {_shown(error['ratio'])}.",
     ]
-    worst = figures["worst_case"]
     if worst["exponent"] is not None:
         out.append(
             f"With that error in the teacher's states a mistake that is never made good would lead to {worst['cost'][-1]:.3g} "
@@ -390,7 +395,10 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
         guide = Exact(task.expert, student)
     else:
         raise ValueError(f"{cfg.prompts} has no exact expert to ask: name a teacher model by --teacher")
-    prompts = task.held_out or task.train
+    bare = (
+        task.expert is None and task.reward is None and task.demonstrations is None
+    )  # a list of prompts: nothing to hold out
+    prompts = (*task.train, *task.held_out) if bare else task.held_out or task.train
     order = torch.randperm(len(prompts), generator=run.rng)[: cfg.most].tolist()
     lengths = growth.halved(cfg.max_new_tokens, cfg.lengths)
     found = measure(cfg, student, guide, [prompts[i] for i in order], run)

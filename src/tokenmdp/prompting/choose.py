@@ -40,7 +40,7 @@ class Chooser:
         price: reward units a unit of cost.
 
     Attributes:
-        prompts: the texts it chooses between.
+        prompts, prompt_ids: the texts it chooses between, and their names; its numbers of prompts are places here.
         constant: the number of the best constant prompt.
         worth: [P] what each prompt is worth over all queries, less its cost.
         gain: what choosing gains over it on questions not seen, with its interval; None without `abstain`, or where the log
@@ -65,7 +65,7 @@ class Chooser:
         Raises:
             ValueError: costs that are not one a prompt; or what splits and proxies raise.
         """
-        self.prompts = log.prompts
+        self.prompts, self.prompt_ids = log.prompts, log.prompt_ids
         self.charge = self.price * np.asarray(self.cost if self.cost is not None else np.zeros(len(log.prompts)))
         if len(self.charge) != len(log.prompts):
             raise ValueError(f"{len(self.charge)} costs for {len(log.prompts)} prompts: one each")

@@ -91,15 +91,16 @@ class Local:
     """A policy, through our own rollout engine.
 
     Args:
-        chat: put the text to it as a user's message, through its chat template.
+        chat: put the text to it as a user's message, through its chat template, if it has one.
         rows: trials answered at a time.
         seed: of the sampling; the answers to `rows` trials asked together depend on it and on which these are.
     """
 
     def __init__(self, policy: Policy, sampling: Sampling, chat: bool = True, rows: int = 16, seed: int = 0) -> None:
-        self.policy, self.sampling, self.chat, self.rows, self.seed = policy, sampling, chat, rows, seed
+        self.policy, self.sampling, self.rows, self.seed = policy, sampling, rows, seed
+        self.chat = chat and bool(policy.tokenizer.chat_template)
         self.name = policy.name
-        self.settings = {**settings_of(sampling), "chat": chat}
+        self.settings = {**settings_of(sampling), "chat": self.chat}
 
     def answer(self, asked: Sequence[Asked]) -> Iterator[Answered]:
         """In order."""

@@ -111,6 +111,8 @@ def estimate(
     Raises:
         ValueError: what an estimator needs is missing, or fewer than two questions.
     """
+    if name not in ESTIMATORS:
+        raise ValueError(f"there is no estimator {name!r}: it is one of {', '.join(ESTIMATORS)}")
     w = None if name == "direct" else weights(log, policy, propensity)
     parts = terms(name, log, policy, value, w)
     divisor = w if name == "snips" and w is not None else np.ones(len(log))

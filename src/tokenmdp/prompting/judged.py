@@ -185,17 +185,28 @@ def _estimated(
     }
 
 
-def in_words(found: Mapping[str, Mapping[str, Any]], name: str) -> str:
-    """The first line of a report: whether choosing by Υ pays."""
-    gain = found[name]["over_constant"]
+def in_words(found: Mapping[str, Mapping[str, Any]], name: str, abstaining: str = "") -> str:
+    """The first line of a report: whether choosing by Υ pays.
+
+    Args:
+        name: the choice that always chooses.
+        abstaining: the one that chooses where it paid on other questions, if it was judged, too.
+    """
+    gain, told = found[name]["over_constant"], ""
     if found[name]["checked"] < choose.TOLD:
         return (
             f"Nothing can be told: where it moves away from the best constant prompt the log tried both on "
             f"{found[name]['checked']:.0%} of the queries, and it gives no propensities."
         )
-    span = f"{gain['mean']:+.3f} [{gain['low']:+.3f}, {gain['high']:+.3f}] over the best constant prompt"
+    if abstaining and gain["low"] > 0 and not found[abstaining]["over_constant"]["low"] > 0:
+        told = ", but not reliably: going by what other questions of this log say, one would mostly not have chosen"
+    span = f"{_span(gain)} over the best constant prompt{told}"
     if gain["low"] > 0:
-        return f"Choosing a prompt per query pays here: {span}."
+        return f"Choosing a prompt per query {'may pay' if told else 'pays'} here: {span}."
     if gain["high"] < 0:
         return f"Choosing a prompt per query is worse here: {span}."
     return f"No significant gain from choosing a prompt per query: {span}."
+
+
+def _span(x: Mapping[str, float]) -> str:
+    return f"{x['mean']:+.3f} [{x['low']:+.3f}, {x['high']:+.3f}]"

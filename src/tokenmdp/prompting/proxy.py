@@ -54,7 +54,7 @@ class Neighbours:
     """A prompt's mean reward on the k nearest queries it was tried on, shrunk to its mean over all.
 
     Args:
-        k: neighbours.
+        k: neighbours; of a small log at most a fifth of its queries.
         prior: trials' worth of the prompt's own mean that is mixed in.
     """
 
@@ -74,7 +74,9 @@ class Neighbours:
     def predict(self, queries: Sequence[str], prompts: Sequence[str]) -> NDArray[np.float64]:
         """[Q, P]."""
         base = self.constant.predict(queries, prompts)
-        near = self.index.kneighbors(self.texts.transform(queries), min(self.k, len(self.table)), return_distance=False)
+        near = self.index.kneighbors(
+            self.texts.transform(queries), min(self.k, max(1, len(self.table) // 5)), return_distance=False
+        )
         out = base.copy()
         for column, prompt in enumerate(prompts):
             if prompt in self.names:

@@ -43,6 +43,7 @@ def save(chooser: Chooser, folder: Path, about: Mapping[str, Any]) -> None:
     facts: dict[str, Any] = {
         "about": dict(about),
         "prompts": chooser.prompts,
+        "prompt_ids": chooser.prompt_ids,
         "constant": chooser.constant,
         "gain": None if chooser.gain is None else chooser.gain._asdict(),
         "abstains": chooser.abstains,
@@ -87,7 +88,7 @@ def load(folder: Path, embed: Embed | None = None) -> tuple[Chooser, dict[str, A
         embed = sentences.embedder(str(facts["about"]["sentences"]))
     arrays = {name: tensor.numpy() for name, tensor in load_file(folder / FILES[1]).items()}
     chooser = Chooser(KINDS[facts["upsilon"]["kind"]])
-    chooser.prompts = tuple(facts["prompts"])
+    chooser.prompts, chooser.prompt_ids = tuple(facts["prompts"]), tuple(facts["prompt_ids"])
     chooser.constant, chooser.abstains = int(facts["constant"]), bool(facts["abstains"])
     chooser.gain = None if facts["gain"] is None else Interval(**facts["gain"])
     chooser.charge, chooser.worth = arrays["charge"], arrays["worth"]

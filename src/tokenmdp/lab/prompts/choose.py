@@ -20,19 +20,21 @@ class Config:
 
 
 def main(cfg: Config, run: Run) -> dict[str, Any]:
-    """Write choices.jsonl: query, the prompts, and what Υ expects of each."""
+    """Write choices.jsonl: query, the prompts, and what Υ expects of each, less what it costs."""
     chooser, about = stored.load(Path(cfg.model))
     rows = files.rows(cfg.queries)[: cfg.limit or None]
     texts = [log.query_of(row, number) for number, row in enumerate(rows, 1)]
     value = chooser.value(texts)
     picks = chooser.several(texts, cfg.calls) if cfg.calls > 1 else chooser.choose(texts)[:, None]
-    for text, row, expected in zip(texts, picks.tolist(), value.tolist(), strict=True):
-        chosen = [chooser.prompts[i] for i in row]
-        run.append("choices.jsonl", {"query": text, "prompts": chosen, "expected": [expected[i] for i in row]})
+    for given, text, row, expected in zip(rows, texts, picks.tolist(), value.tolist(), strict=True):
+        names, chosen = ([of[i] for i in row] for of in (chooser.prompt_ids, chooser.prompts))
+        name = str(given.get("query_id") or log.name_of(text))
+        said = {"query_id": name, "query": text, "prompt_ids": names, "prompts": chosen}
+        run.append("choices.jsonl", said | {"expected": [expected[i] for i in row]})
     same = float((picks[:, 0] == chooser.constant).mean())
     return {
         "queries": len(texts),
-        "best_constant_chosen": same,
+        "share_best_constant": same,
         "abstains": chooser.abstains,
         "fitted_on": about["log"],
     }

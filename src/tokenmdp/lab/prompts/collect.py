@@ -29,7 +29,7 @@ class Config:
     repeats: int = 1  # trials of every query and prompt
     max_new_tokens: int = 128
     temperature: float = 0.7  # of sampling; at 0 repeats say nothing
-    chat: bool = True  # put it to a local model as a user's message
+    chat: bool = True  # put it to a local model as a user's message, if it has a chat template
     rows: int = 16  # trials a local model answers at a time
     concurrency: int = 4  # requests under way at an endpoint
     per_minute: int = 0  # most requests a minute; 0 for no limit

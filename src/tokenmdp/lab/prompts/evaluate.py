@@ -56,6 +56,7 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     return {
         "report": str(page),
         "verdict": found["verdict"],
+        "best_constant": found["best_constant"],
         "trials": found["facts"]["trials"],
         "queries": found["facts"]["queries"],
     }
@@ -84,10 +85,11 @@ def evaluate(cfg: Config, log: logs.Log, run: Run) -> dict[str, Any]:
         "title": "Which prompt for which query",
         "log": cfg.trials,
         "choice": cfg.choice,
+        "best_constant": log.prompt_ids[int(np.bincount(constant).argmax())],
         "by_prompt": shown.by_prompt(held, pick),
         "by_cluster": shown.by_cluster(held, pick, constant, run.seed),
         "changed": shown.changed(held, pick, constant),
-        "verdict": judged.in_words(earned, cfg.choice),
+        "verdict": judged.in_words(earned, cfg.choice, "abstaining"),
         "facts": {**log.facts, "trials": len(log), "queries": len(log.queries), "prompts": len(log.prompts)},
         "repeated_questions": repeated,
         "prediction": {name: judged.prediction(held, value) for name, value in values.items()},

@@ -21,9 +21,7 @@ class Config:
     model: str = ""  # whose trials to take, of a log of several models
     only: str = ""  # prompt ids with commas between; empty for all
     proxy: str = "logistic+boosted"  # constant | logistic | boosted, or several with + between: stacked
-    sentences: str = (
-        ""  # a sentence model for the queries: minilm, a folder or a hub id; empty for words and sizes alone
-    )
+    sentences: str = ""  # a sentence model for the queries: minilm, a folder or a hub id; empty for none
     components: int = 64  # singular vectors kept of the queries' words, and of their embeddings
     abstain: bool = True  # fall back on the best constant prompt where the gain is not significant
     folds: int = 4  # of the questions, to weigh what is stacked and to measure the gain
@@ -60,7 +58,13 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
             "the log tried too few prompts on the same queries to tell what choosing gains, and gives no propensities: it will "
             "use the best constant prompt (--no-abstain chooses all the same)"
         )
-    if gain is not None:
+    if log.prompts == log.prompt_ids:
+        run.note(
+            "the log names its prompts without their texts, so what is chosen are names: --prompts FILE gives the texts"
+        )
+    if gain is not None and gain.low == gain.high == 0:
+        run.note("Υ would give every query the best constant prompt: there is no gain to measure")
+    elif gain is not None:
         does = "it will use the best constant prompt" if chooser.abstains else "it will choose per query"
         run.note(f"gain over the best constant prompt {gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]: {does}")
     return {

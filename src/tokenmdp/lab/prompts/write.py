@@ -31,7 +31,7 @@ class Config:
     endpoint: str = ""  # base URL of an OpenAI-compatible endpoint; empty for a local model
     max_new_tokens: int = 128
     temperature: float = 0.7
-    chat: bool = True  # put it to a local model as a user's message
+    chat: bool = True  # put it to a local model as a user's message, if it has a chat template
 
 
 def main(cfg: Config, run: Run) -> dict[str, Any]:

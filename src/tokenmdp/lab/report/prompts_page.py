@@ -51,7 +51,12 @@ def tiles(summary: Figures) -> list[dict[str, Any]]:
         ("oracle", "Oracle", "reward", "arm4"),
     ):
         if isinstance(row := table.get(name), dict) and (x := Figures({"x": row.get(key)}).interval("x")):
-            tile(label, num(x.mean) if key == "reward" else signed(x.mean), span(x), role)
+            named = (
+                f"Best constant: {best}"
+                if name.startswith("best constant") and (best := summary.text("best_constant"))
+                else label
+            )
+            tile(named, num(x.mean) if key == "reward" else signed(x.mean), span(x), role)
     said = Figures({"x": summary.mapping("prediction").get(choice)})
     if (within := said.number("x.auc_within_prompt")) is not None:
         tile("AUC within prompts", num(within), "one half knows nothing of queries")
