@@ -282,7 +282,7 @@ def sampled(
     count: int,
     rng: np.random.Generator,
 ) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]]:
-    """For every estimator its means and interval ends over `count` logs of `size` trials."""
+    """For every estimator its means and interval ends over `count` logs of `size` trials, those that allow one."""
     names = tuple(map(str, range(len(truth))))
     prompts = tuple(map(str, range(truth.shape[1])))
     found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in estimate.ESTIMATORS}
@@ -291,8 +291,11 @@ def sampled(
         choice = (rng.random((size, 1)) > mu[query].cumsum(1)).sum(1)
         log = Log(names, names, prompts, prompts, query, choice, truth[query, choice], query * 0, mu[query, choice])
         for name in estimate.ESTIMATORS:
-            found[name].append(tuple(estimate.estimate(name, log, policy, value, resamples=300)))
-    return {name: tuple(np.asarray(rows).T) for name, rows in found.items()}  # type: ignore[misc]
+            try:
+                found[name].append(tuple(estimate.estimate(name, log, policy, value, resamples=300)))
+            except ValueError:  # a log that never tried what the policy chooses: it says so, and is no estimate
+                continue
+    return {name: tuple(np.asarray(rows).T) for name, rows in found.items() if rows}  # type: ignore[misc]
 
 
 PARTS = {"llama2": llama2, "leak": leak, "ope": ope}
