@@ -69,6 +69,8 @@ def _accuracy(pairs: Mapping[str, Any]) -> Iterator[str]:
     if left or pairs["no_verdict"]:
         parts = [f"{left.get('unreadable', 0)} rows that could not be read", f"{pairs['no_verdict']} without a verdict"]
         yield f"Left out: {parts[0]}, {left.get('equal_sides', 0)} pairs with two equal sides, {parts[1]}."
+        if pairs.get("faults"):
+            yield f"The first row that could not be read: {pairs['faults'][0]}"
     if ties:
         yield f"{ties} ties count one half each."
 
