@@ -146,12 +146,12 @@ def execute(verb: Verb, argv: Sequence[str]) -> int:
     with contextlib.ExitStack() as stack:
         folder = options.out or Path("runs") / verb.name.replace(" ", "-")
         # A verb with SCRATCH = True is a tool, not an experiment: it leaves no folder behind unless one is asked for.
-        tool = bool(getattr(module, "SCRATCH", False))
-        scratch = tool and options.out is None
+        scratch = bool(getattr(module, "SCRATCH", False)) and options.out is None
         if scratch:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / verb.name
-        # A tool is used again and again: its folder is about the last time, and there is nothing of it to go on with.
-        which = (options.resume and not tool, options.overwrite or tool, options.log)
+        # A verb with AGAIN = True keeps what it made elsewhere and goes on there by itself: its folder is about the last time.
+        again = bool(getattr(module, "AGAIN", False))
+        which = (options.resume and not again, options.overwrite or again, options.log)
         run = stack.enter_context(Run.open(folder, config.plain(settings), options.seed, *which))
         result = run.result()
         if result is None:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import pytest
 
+from tokenmdp import cli
 from tokenmdp.models import catalog
 from tokenmdp.models.sampling import Sampling
 from tokenmdp.prompting import collect
@@ -314,3 +315,16 @@ def test_the_pace_is_kept() -> None:
         pace.wait()
     assert pace.next >= begun + 10 * 1e-3
     assert collect.Pace(0).gap == 0
+
+
+def test_the_same_command_goes_on_in_the_log_and_a_folder_asked_for_is_about_the_last_time(tmp_path: Path) -> None:
+    for name, data in (("q", QUERIES), ("p", PROMPTS)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
+    paths = [
+        f"--{flag}={tmp_path / name}.jsonl" for flag, name in (("queries", "q"), ("prompts", "p"), ("trials", "t"))
+    ]
+    line = ["prompts", "collect", *paths, "--model=tiny", "--max-new-tokens=2", f"--out={tmp_path / 'run'}"]
+    assert cli.main([*line, "--limit=2"]) == 0
+    assert cli.main([*line, "--limit=3"]) == 0
+    assert len(rows(tmp_path / "t.jsonl")) == 6
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["found"] == 4

@@ -15,7 +15,7 @@ from tokenmdp.prompting import collect, log
 from tokenmdp.run import Run
 from tokenmdp.tasks import files
 
-SCRATCH = True  # what it leaves behind is the log itself
+SCRATCH = AGAIN = True  # what it leaves behind is the log itself, and there it goes on
 
 
 @dataclass(frozen=True)
