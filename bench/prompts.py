@@ -34,8 +34,8 @@ from numpy.typing import NDArray
 from sklearn.ensemble import HistGradientBoostingClassifier
 
 import common
+from prompt_logs import read
 from tokenmdp.prompting import choose, judged, leaks, proxy, splits, stacked
-from tokenmdp.prompting import log as logs
 from tokenmdp.prompting.features import Once
 from tokenmdp.prompting.log import Log
 
@@ -169,8 +169,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         choose.Chooser().fit(log)
         print(time.perf_counter() - start, gigabytes())
         return {}
-    log = logs.read(args.data / "llama2_gsm8k.jsonl.gz", args.data / "prompts.json")
-    six = [i for i in range(len(log.prompts)) if (log.prompt == i).sum() > len(log.queries) / 2]
+    log, six = read(args.data, "gsm8k")
     log = log.of_prompts(six).compact()
     log = log.of_queries(range(80)).compact() if args.quick else log
     start = time.perf_counter()

@@ -104,8 +104,8 @@ def criticised(run: Run, name: str, policy: Policy, trials: Sequence[Mapping[str
     path = run.folder / f"{name}-critic.json"
     if path.is_file():
         return list(json.loads(path.read_text()))
-    ways = [[policy.encode(f"Verdict: {word}")[-1], policy.encode(f"Verdict:\n{word}")[-1]] for word in ("Yes", "No")]
-    ways = [[*ids, policy.encode(f"Verdict: {word}")[-1]] for ids, word in zip(ways, ("yes", "no"), strict=True)]
+    spelled = [(f" {word}", f"\n{word}", f" {word.lower()}") for word in ("Yes", "No")]
+    ways = [sorted({policy.encode(f"Verdict:{text}")[-1] for text in of}) for of in spelled]  # a token counts once
     said: list[float] = []
     with run.progress(len(trials), f"{name}: critic", "answers") as bar:
         for start in range(0, len(trials), ROWS):

@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 import common
+from prompt_logs import read
 from tokenmdp.lab.report.ink import canvas, colour, fixed_ticks, label_axes, sheet, svg, whisker
 from tokenmdp.prompting import champ, choose, intervals, judged, leaks, proxy, stacked
 from tokenmdp.prompting import log as logs
@@ -39,12 +40,10 @@ THIRDS = ("hard", "middle", "easy")
 
 def sources(args: Any) -> dict[str, Log]:
     """The logs by name, `data set, model`."""
-    texts = args.data / "prompts.json"
     found = {}
     for name in ("gsm8k",) if args.quick else ("gsm8k", "mawps", "svamp"):
-        log = logs.read(args.data / f"llama2_{name}.jsonl.gz", texts)
-        often = np.flatnonzero(np.bincount(log.prompt, minlength=len(log.prompts)) > len(log.queries) / 2)
-        found[f"{name}, LLaMA-2-7B-chat"] = log.of_prompts(often).compact()
+        log, six = read(args.data, name)
+        found[f"{name}, LLaMA-2-7B-chat"] = log.of_prompts(six).compact()
     if args.champ:
         for model in sorted({row["model"] for row in champ.rows(args.champ)}):
             found[f"CHAMP, {model}"] = logs.read(args.champ, model=model)

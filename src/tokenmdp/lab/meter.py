@@ -395,9 +395,8 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
         guide = Exact(task.expert, student)
     else:
         raise ValueError(f"{cfg.prompts} has no exact expert to ask: name a teacher model by --teacher")
-    bare = (
-        task.expert is None and task.reward is None and task.demonstrations is None
-    )  # a list of prompts: nothing to hold out
+    # A list of prompts and no more: there is nothing they would be held out of.
+    bare = task.expert is None and task.reward is None and task.demonstrations is None
     prompts = (*task.train, *task.held_out) if bare else task.held_out or task.train
     order = torch.randperm(len(prompts), generator=run.rng)[: cfg.most].tolist()
     lengths = growth.halved(cfg.max_new_tokens, cfg.lengths)

@@ -111,9 +111,10 @@ def grow(x: NDArray[Any], y: NDArray[np.int64], weight: NDArray[np.float64] | No
 def _copied(grown: HistGradientBoostingClassifier) -> Trees:
     """The library's trees as arrays, padded with questions whose answer strikes nothing out."""
     told = [_told(stage[0].nodes) for stage in grown._predictors]
-    T, I, L = len(told), max(1, *(len(t[0]) for t in told)), max(len(t[3]) for t in told)  # noqa: E741 (the house's axes)
-    feature, keeps = np.zeros((T, I), dtype=np.int64), np.full((T, I), -1, dtype=np.int64)
-    threshold, value = np.zeros((T, I)), np.zeros((T, L))
+    trees, leaves = len(told), max(len(t[3]) for t in told)
+    questions = max(1, *(len(t[0]) for t in told))
+    feature, keeps = np.zeros((trees, questions), dtype=np.int64), np.full((trees, questions), -1, dtype=np.int64)
+    threshold, value = np.zeros((trees, questions)), np.zeros((trees, leaves))
     for t, (asks, at, kept, worth) in enumerate(told):
         feature[t, : len(asks)], threshold[t, : len(asks)], keeps[t, : len(asks)] = asks, at, kept
         value[t, : len(worth)] = worth

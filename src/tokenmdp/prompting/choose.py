@@ -161,6 +161,11 @@ def worths(log: Log) -> NDArray[np.float64]:
     return out
 
 
+def whole(log: Log) -> bool:
+    """Whether (nearly) every prompt was tried on every query, so that choices can be read off the log."""
+    return bool((~np.isnan(log.matrix()[log.tried()])).mean() >= WHOLE)
+
+
 def gained(
     log: Log,
     picks: NDArray[np.int64],
@@ -183,7 +188,7 @@ def gained(
     """
     at, table = log.tried(), log.matrix()
     cost = np.zeros(table.shape[1]) if charge is None else charge
-    if (~np.isnan(table[at])).mean() < WHOLE and log.propensity is not None:
+    if not whole(log) and log.propensity is not None:
         policies = [estimate.greedy(x, table.shape[1]) for x in (picks, constant)]
         found = estimate.difference(log, policies[0], policies[1], np.nan_to_num(value), group, seed)
         dearer = float((cost[picks] - cost[constant])[at].mean())

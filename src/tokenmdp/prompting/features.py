@@ -84,28 +84,7 @@ class Features:
             raise ValueError("kinds has `embedding`, so `embed` must be given: a function of texts to [N, D] numbers")
         if not texts:
             raise ValueError("no texts to learn features from")
-        parts = []
-        for kind in self.kinds:
-            if kind == "tfidf":
-                self.counts = TfidfVectorizer(
-                    ngram_range=(1, 2),
-                    min_df=2 if len(texts) > 50 else 1,
-                    sublinear_tf=True,
-                    max_features=1 << 15,
-                    token_pattern=PATTERN,
-                )
-                found = self.counts.fit_transform(texts)
-                self.reduce = _reducer(found, self.components, self.seed)
-                parts.append(_reduced(found, self.reduce))
-            elif kind == "surface":
-                parts.append(np.asarray([surface(text) for text in texts]))
-            elif self.embed is not None:
-                found = self.embed(texts)
-                self.embedded = (
-                    _reducer(found, self.components, self.seed) if found.shape[1] > self.components else None
-                )
-                parts.append(_reduced(found, self.embedded))
-        raw = np.concatenate(parts, axis=1)
+        raw = self._raw(texts, learn=True)
         self.scale = StandardScaler().fit(raw)
         # What is the same in all texts but for rounding would else become noise as large as any feature.
         self.scale.scale_ = np.where(self.scale.scale_ < FLAT, 1.0, self.scale.scale_)
@@ -134,9 +113,7 @@ class Features:
         """The features that `facts` and `arrays` were taken from."""
         self = Features(tuple(facts["kinds"]), int(facts["components"]), embed, int(facts["seed"]))
         if "tfidf" in self.kinds:
-            self.counts = TfidfVectorizer(
-                ngram_range=(1, 2), sublinear_tf=True, token_pattern=PATTERN, vocabulary=facts["vocabulary"]
-            )
+            self.counts = _counter(vocabulary=facts["vocabulary"])
             self.counts.idf_ = arrays["idf"]
             self.reduce = _with(arrays.get("directions"))
         self.embedded = _with(arrays.get("embedded"))
@@ -155,15 +132,25 @@ class Features:
             self.last = (same, np.asarray(self.scale.transform(self._raw(texts)), dtype=np.float32))
         return self.last[1]
 
-    def _raw(self, texts: Sequence[str]) -> NDArray[np.float64]:
+    def _raw(self, texts: Sequence[str], learn: bool = False) -> NDArray[np.float64]:
+        """[N, D] before it is scaled; counts and directions are learned from these texts first, where asked."""
         parts = []
         for kind in self.kinds:
             if kind == "tfidf":
-                parts.append(_reduced(self.counts.transform(texts), self.reduce))
+                if learn:
+                    self.counts = _counter(min_df=2 if len(texts) > 50 else 1, max_features=1 << 15)
+                found = self.counts.fit_transform(texts) if learn else self.counts.transform(texts)
+                if learn:
+                    self.reduce = _reducer(found, self.components, self.seed)
+                parts.append(_reduced(found, self.reduce))
             elif kind == "surface":
                 parts.append(np.asarray([surface(text) for text in texts]))
             elif self.embed is not None:
-                parts.append(_reduced(self.embed(texts), self.embedded))
+                found = self.embed(texts)
+                if learn:
+                    wide = found.shape[1] > self.components
+                    self.embedded = _reducer(found, self.components, self.seed) if wide else None
+                parts.append(_reduced(found, self.embedded))
         return np.concatenate(parts, axis=1)
 
 
@@ -194,6 +181,10 @@ class Once:
                 self.known.pop(next(iter(self.known)))
             self.known[same] = self.learn(texts)
         return self.known[same]
+
+
+def _counter(**more: Any) -> TfidfVectorizer:
+    return TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=PATTERN, **more)
 
 
 def _reducer(matrix: Any, components: int, seed: int) -> TruncatedSVD | None:

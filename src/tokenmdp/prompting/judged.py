@@ -139,7 +139,7 @@ def choices(
     table, tried = log.matrix(), log.tried()
     table = table[tried]
     group = leaks.groups(log.queries)
-    whole = float((~np.isnan(table)).mean()) >= choose.WHOLE
+    whole = choose.whole(log)
     picked = {CONSTANT: constant, **chosen}
     if not whole and log.propensity is not None and value is not None:
         return _estimated(log, picked, value, group, seed)

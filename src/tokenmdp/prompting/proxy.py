@@ -12,12 +12,13 @@ Source: Sun, Hüyük & van der Schaar 2023 (Prompt-OIRL), section 3.2 (Υ as a c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.optimize import minimize
+from scipy.special import expit
 from sklearn.linear_model import Ridge
 from sklearn.neighbors import NearestNeighbors
 
@@ -173,7 +174,7 @@ class Boosted(Crossed):
     def predict(self, queries: Sequence[str], prompts: Sequence[str]) -> NDArray[np.float64]:
         """[Q, P]."""
         left, right = self.query_side.transform(queries), self.prompt_rows(prompts)
-        return _sigmoid(self.model.crossed(torch.from_numpy(left), torch.from_numpy(right)).numpy())
+        return expit(self.model.crossed(torch.from_numpy(left), torch.from_numpy(right)).numpy())
 
 
 class Logistic(Crossed):
@@ -201,7 +202,7 @@ class Logistic(Crossed):
         def loss(x: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
             w, own, u, b = x[:D], x[D : D + P * D].reshape(P, D), x[D + P * D : -1], x[-1]
             score = (left @ (w + own).T + right @ u + b)[row, column]
-            off = _sigmoid(score) - log.reward
+            off = expit(score) - log.reward
             # [Q, P] what is off, summed over repeats.
             table = np.bincount(row * P + column, off, Q * P).reshape(Q, P)
             to_own = table.T @ left
@@ -220,7 +221,7 @@ class Logistic(Crossed):
         width, known = left.shape[1], len(self.names)
         w, own, u = np.split(self.weight, [width, width + known * width])
         prompt = right[:, -known:] @ own.reshape(known, width) + w  # [P, D] a prompt's weights on queries
-        return _sigmoid(left @ prompt.T + right @ u + self.bias)
+        return expit(left @ prompt.T + right @ u + self.bias)
 
 
 class TwoTower(Crossed):
@@ -317,7 +318,3 @@ class Factorised:
             if prompt in self.names:
                 out[:, column] += moved[:, self.names[prompt]]
         return np.clip(out, 0.0, 1.0)
-
-
-def _sigmoid(x: NDArray[Any]) -> NDArray[np.float64]:
-    return np.asarray(1 / (1 + np.exp(-np.clip(x, -50.0, 50.0))), dtype=np.float64)

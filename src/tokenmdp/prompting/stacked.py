@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
+from scipy.special import expit, logit
 
 from tokenmdp.prompting import leaks, proxy, splits
 from tokenmdp.prompting.features import Learn, Once, plain
@@ -29,10 +30,9 @@ PENALTY = 1.0  # on c² and d², in trials' worth of log-likelihood: a small log
 NEAR = 1e-4  # a member's probability is kept this far from 0 and 1
 
 
-def usual(features: Learn = plain, seed: int = 0) -> tuple[MakeProxy, ...]:
-    """The members of a stack of which nothing else is said: straight lines and trees, on the same features."""
-    once = Once(features)
-    return (lambda: proxy.Logistic(once), lambda: proxy.Boosted(once, seed=seed))
+def usual(features: Learn = plain, seed: int = 0) -> list[MakeProxy]:
+    """The members of a stack of which nothing else is said: straight lines and trees."""
+    return _members(("logistic", "boosted"), features, seed)
 
 
 class Stacked:
@@ -66,22 +66,22 @@ class Stacked:
         members = usual(seed=self.seed) if self.members is None else self.members
         known = np.unique(log.prompt)
         self.names = {log.prompts[i]: n for n, i in enumerate(known)}
-        logit = np.full((len(log.queries), len(log.prompts), len(members)), np.nan)
+        said = np.full((len(log.queries), len(log.prompts), len(members)), np.nan)
         self.fold = np.full(len(log.queries), -1)
         for k, make in enumerate(members):
             for number, (part, value) in enumerate(out_of_fold(log, make, self.folds, self.seed)):
                 at = part.tried()
-                logit[at, :, k], self.fold[at] = _logit(value[at]), number
+                said[at, :, k], self.fold[at] = _logit(value[at]), number
                 self.tell()
         place = np.full(len(log.prompts), -1)
         place[known] = np.arange(len(known))
         count = np.bincount(place[log.prompt])
-        self.held = np.full(logit.shape[:2], np.nan)
+        self.held = np.full(said.shape[:2], np.nan)
         for number in range(self.folds):
             rest, mine = log.of_queries(np.flatnonzero(self.fold != number)), self.fold == number
-            weights = _weighed(rest, place, logit, known)
-            self.held[mine] = _sigmoid(_score(logit[mine], logit[mine][:, known].mean(1), place, *weights, count))
-        self.intercept, self.common, self.own = _weighed(log, place, logit, known)
+            weights = _weighed(rest, place, said, known)
+            self.held[mine] = expit(_score(said[mine], said[mine][:, known].mean(1), place, *weights, count))
+        self.intercept, self.common, self.own = _weighed(log, place, said, known)
         self.count = count
         self.proxies = []
         for make in members:
@@ -92,15 +92,15 @@ class Stacked:
     def predict(self, queries: Sequence[str], prompts: Sequence[str]) -> NDArray[np.float64]:
         """[Q, P]."""
         every = [*self.names, *dict.fromkeys(p for p in prompts if p not in self.names)]
-        logit = np.stack([_logit(member.predict(queries, every)) for member in self.proxies], axis=-1)
+        said = np.stack([_logit(member.predict(queries, every)) for member in self.proxies], axis=-1)
         where = [every.index(p) for p in prompts]
         place = np.asarray([self.names.get(p, -1) for p in prompts])
-        mean = logit[:, : len(self.names)].mean(1)
-        return _sigmoid(_score(logit[:, where], mean, place, self.intercept, self.common, self.own, self.count))
+        mean = said[:, : len(self.names)].mean(1)
+        return expit(_score(said[:, where], mean, place, self.intercept, self.common, self.own, self.count))
 
 
 def _score(
-    logit: NDArray[np.float64],
+    said: NDArray[np.float64],
     mean: NDArray[np.float64],
     place: NDArray[np.int64],
     intercept: NDArray[np.float64],
@@ -110,20 +110,20 @@ def _score(
 ) -> NDArray[np.float64]:
     """[Q, P] log-odds from members' [Q, P, K], their means [Q, K], and each prompt's place among the intercepts."""
     base = np.where(place >= 0, intercept[place], np.average(intercept, weights=count))
-    return np.asarray(base + (mean @ common)[:, None] + (logit - mean[:, None]) @ own)
+    return np.asarray(base + (mean @ common)[:, None] + (said - mean[:, None]) @ own)
 
 
 def _weighed(
-    log: Log, place: NDArray[np.int64], logit: NDArray[np.float64], known: NDArray[np.int64]
+    log: Log, place: NDArray[np.int64], said: NDArray[np.float64], known: NDArray[np.int64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """b, c and d of the log's trials, by maximum likelihood with a small penalty."""
-    mean = logit[:, known].mean(1)[log.query]
-    slopes = np.concatenate([mean, logit[log.query, log.prompt] - mean], axis=1)
-    which, P, K = place[log.prompt], len(known), logit.shape[2]
+    mean = said[:, known].mean(1)[log.query]
+    slopes = np.concatenate([mean, said[log.query, log.prompt] - mean], axis=1)
+    which, P, K = place[log.prompt], len(known), said.shape[2]
 
     def loss(x: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         score = x[which] + slopes @ x[P:]
-        off = _sigmoid(score) - log.reward
+        off = expit(score) - log.reward
         value = np.logaddexp(0, score).sum() - log.reward @ score + 0.5 * PENALTY * (x[P:] @ x[P:])
         slope = np.concatenate([np.bincount(which, off, P), off @ slopes + PENALTY * x[P:]])
         # A prompt that always fails has no finite b of largest likelihood: this holds it within reach.
@@ -148,13 +148,8 @@ def out_of_fold(log: Log, make: MakeProxy, count: int, seed: int) -> Iterator[tu
         yield log.of_queries(at), value
 
 
-def _sigmoid(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.asarray(1 / (1 + np.exp(-np.clip(x, -50.0, 50.0))), dtype=np.float64)
-
-
 def _logit(p: NDArray[np.float64]) -> NDArray[np.float64]:
-    inside = np.clip(p, NEAR, 1 - NEAR)
-    return np.asarray(np.log(inside / (1 - inside)))
+    return np.asarray(logit(np.clip(p, NEAR, 1 - NEAR)))
 
 
 def named(
@@ -179,6 +174,11 @@ def named(
         raise ValueError(f"there is no proxy {wrong!r}: it is one of {', '.join(known)}, or several with + between")
     if len(parts) == 1:
         return known[parts[0]]
-    once = features if isinstance(features, Once) else Once(features)
-    members = [named(part, once, seed=seed) for part in parts]
+    members = _members(parts, features, seed)
     return lambda: Stacked(members, folds, seed, tell)
+
+
+def _members(names: Sequence[str], features: Learn, seed: int) -> list[MakeProxy]:
+    """What makes the proxies of these names, on the same features."""
+    once = features if isinstance(features, Once) else Once(features)
+    return [named(name, once, seed=seed) for name in names]
