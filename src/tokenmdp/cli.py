@@ -7,6 +7,9 @@ Its flags are the fields of its `Config`, then those of every run (`config.Optio
 
 One file may be several verbs: `VARIANTS = {"rloo": {"baseline": "leave_one_out"}}` in reinforce.py makes `rloo` the verb
 `reinforce` with that setting as its default. Methods that differ by a setting are told apart by it, not by a copy.
+
+Importing a verb must be quick, for its help and its complaints come after it: `transformers` and `scipy` are imported whole,
+since they load their parts when these are first named, and peft and scikit-learn inside the functions that need them.
 """
 
 from __future__ import annotations

@@ -16,9 +16,8 @@ from math import comb
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike, NDArray
-from scipy import optimize
-from scipy import stats as scipy_stats
 
 Array = NDArray[np.float64]
 CELLS_AT_ONCE = 2_000_000  # resampled cells held in memory together: 16 MB of float64
@@ -175,7 +174,7 @@ def wilson(successes: float, n: float, level: float = 0.95) -> Interval:
         raise ValueError(f"n = {n} trials: a proportion needs at least one trial")
     if not 0 <= successes <= n:
         raise ValueError(f"{successes} successes in {n} trials: successes must lie between 0 and n")
-    p, z = successes / n, float(scipy_stats.norm.ppf(0.5 + _level(level) / 2))
+    p, z = successes / n, float(scipy.stats.norm.ppf(0.5 + _level(level) / 2))
     centre = (successes + z * z / 2) / (n + z * z)
     half = z * np.sqrt(n * p * (1 - p) + z * z / 4) / (n + z * z)
     # At 0 or n successes the interval ends at the estimate exactly; rounding must not put it a hair inside.
@@ -256,7 +255,7 @@ def probability_of_improvement(a: ArrayLike, b: ArrayLike) -> float:
     Source: Agarwal et al. 2021, section 4.3 (the Mann-Whitney statistic over |a|·|b|).
     """
     x, y = _vector(a, "a"), _vector(b, "b")
-    rank = scipy_stats.rankdata(np.concatenate([x, y]))[: len(x)]
+    rank = scipy.stats.rankdata(np.concatenate([x, y]))[: len(x)]
     return float((rank.sum() - len(x) * (len(x) + 1) / 2) / (len(x) * len(y)))
 
 
@@ -317,7 +316,7 @@ def improvement(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Interval:
     wins = round(2 * estimate * pairs) / 2
 
     def solved(excess: Callable[[float], float]) -> float:
-        k = float(np.exp(optimize.brentq(excess, -30.0, 30.0)))
+        k = float(np.exp(scipy.optimize.brentq(excess, -30.0, 30.0)))
         return k / (k + 1)
 
     def at_least(log_k: float) -> float:
@@ -404,7 +403,7 @@ def spearman(x: ArrayLike, y: ArrayLike, level: float = 0.95, resamples: int = 2
 
 
 def _ranks(v: Array) -> Array:
-    return np.asarray(scipy_stats.rankdata(v, axis=-1), dtype=np.float64)
+    return np.asarray(scipy.stats.rankdata(v, axis=-1), dtype=np.float64)
 
 
 def _correlation(
@@ -580,8 +579,8 @@ def _blocks(n: int, resamples: int) -> Iterator[int]:
 
 def _corrected(draws: Array, estimate: float, n: int, level: float, acceleration: float) -> Interval:
     """The BCa interval of bootstrap draws at expanded levels; see `bootstrap_mean`."""
-    norm = scipy_stats.norm
-    widened = -np.sqrt(n / (n - 1)) * scipy_stats.t.ppf(0.5 + _level(level) / 2, n - 1)
+    norm = scipy.stats.norm
+    widened = -np.sqrt(n / (n - 1)) * scipy.stats.t.ppf(0.5 + _level(level) / 2, n - 1)
     below = (np.sum(draws < estimate) + 0.5 * np.sum(draws == estimate)) / len(draws)
     bias = norm.ppf(np.clip(below, 0.5 / len(draws), 1 - 0.5 / len(draws)))
     z = bias + np.array([widened, -widened])

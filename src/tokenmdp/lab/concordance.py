@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike
-from scipy import stats as scipy_stats
 
 from tokenmdp import stats
 from tokenmdp.stats import Array, Interval
@@ -159,7 +159,7 @@ def _spearman(x: Array, y: Array) -> float:
     """NaN for fewer than three values, or a constant."""
     if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return float("nan")
-    return float(np.corrcoef(scipy_stats.rankdata(x), scipy_stats.rankdata(y))[0, 1])
+    return float(np.corrcoef(scipy.stats.rankdata(x), scipy.stats.rankdata(y))[0, 1])
 
 
 def _interval(mean: float, draws: Array, trials: int, why: str) -> dict[str, Any]:

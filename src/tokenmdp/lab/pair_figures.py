@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy import optimize
-from scipy import stats as scipy_stats
 
 from tokenmdp import stats
 from tokenmdp.lab.concordance import LEVEL, said
@@ -155,7 +154,7 @@ def cross_prompt(scored: Scored) -> dict[str, Any]:
     # Each prompt is in a pair as the chosen side and as the rejected one: what it adds beyond what its pairs are worth.
     influence = np.bincount(cluster, weights=wins + losses) - 2 * own - mean * 2 * size * (n - size)
     deviation = float(np.sqrt((influence**2).sum() * prompts / (prompts - 1)) / pairs)
-    half = float(scipy_stats.norm.ppf(0.5 + LEVEL / 2)) * deviation
+    half = float(scipy.stats.norm.ppf(0.5 + LEVEL / 2)) * deviation
     if deviation == 0:
         return {**stats.wilson(mean * prompts, prompts)._asdict(), "pairs": int(pairs)}
     return {**Interval(mean, max(0.0, mean - half), min(1.0, mean + half))._asdict(), "pairs": int(pairs)}
@@ -198,7 +197,7 @@ def temperature(difference: Array) -> float:
     Pairs that are all ranked right have no finite likeliest temperature, and chance has none at all: the bounds stand in.
     """
     size = float(np.abs(difference).mean()) or 1.0
-    found = optimize.minimize_scalar(
+    found = scipy.optimize.minimize_scalar(
         lambda log_tau: float(np.logaddexp(0, -difference / (size * np.exp(log_tau))).mean()),
         bounds=(-np.log(1000), np.log(1000)),
         method="bounded",

@@ -25,8 +25,8 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tokenmdp import rewards, tasks
 from tokenmdp.lab import concordance, pair_figures, preference_file, probes, report, reward_words
@@ -86,10 +86,10 @@ class Reader(Policy):
     @staticmethod
     def of(folder: Path) -> Reader:
         """The reader of a folder with a config.json and a tokenizer."""
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = transformers.AutoModelForCausalLM.from_config(config)
         return Reader(model, tokenizer, name=folder.name, compute="float32")
 
 

@@ -13,17 +13,17 @@ import hashlib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from jaxtyping import Float, Int
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from tokenmdp.types import Read
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 TRAIN = re.compile(r"all|none|head|top-[1-9]\d*|lora-[1-9]\d*")
 
@@ -70,7 +70,7 @@ class Backbone:
         train_spec: which weights train, as given to `twin`.
     """
 
-    def __init__(self, model: PreTrainedModel, compute: str = "auto") -> None:
+    def __init__(self, model: transformers.PreTrainedModel, compute: str = "auto") -> None:
         self.model = model.eval()
         self.peft: PeftModel | None = None
         self.train_spec = "all"
@@ -96,7 +96,7 @@ class Backbone:
         swapped: list[tuple[nn.Module, nn.Parameter]] = []
         try:
             for layer in self.model.modules() if self.compute != torch.float32 else ():
-                weight = layer.weight if isinstance(layer, nn.Linear | Conv1D) else None
+                weight = layer.weight if isinstance(layer, nn.Linear | transformers.pytorch_utils.Conv1D) else None
                 if (
                     not isinstance(weight, nn.Parameter)
                     or weight.dtype == self.compute
@@ -244,6 +244,8 @@ class Backbone:
         other.body = other.model.base_model
         other.train_spec = train
         if train.startswith("lora-"):
+            from peft import LoraConfig, get_peft_model
+
             rank = int(train.removeprefix("lora-"))
             # peft fills adapters from torch's global generator; a fixed seed inside a fork leaves that generator as it
             # was
@@ -257,7 +259,7 @@ class Backbone:
                 parameter.requires_grad_(True)
         return other
 
-    def merged(self) -> PreTrainedModel:
+    def merged(self) -> transformers.PreTrainedModel:
         """A plain copy of the model, LoRA adapters folded into its weights: what is written to disk."""
         other = copy.deepcopy(self)
         other._fold()
@@ -266,6 +268,8 @@ class Backbone:
     def _fold(self) -> None:
         if self.peft is None:
             return
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
         for layer in self.body.modules():
             if isinstance(layer, BaseTunerLayer):
                 # Its weight is shared with the model this is a twin of: fold into a copy.

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+import transformers
 
 from tokenmdp.models import fetch, gguf
 from tokenmdp.models.policy import Policy, eos_ids
@@ -60,7 +59,7 @@ def load(name: str | Path, compute: str = "auto", device: str = "auto") -> Polic
     return policy
 
 
-def load_model(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(name: str | Path) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
     """The Hugging Face model and tokenizer called `name`; the chat template, where there is one, is the tokenizer's.
 
     Raises:
@@ -116,16 +115,16 @@ def check_beginning(policy: Policy) -> None:
             )
 
 
-def _converted(path: Path, sha256: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _converted(path: Path, sha256: str) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
     stem = path.stem.removeprefix(f"{sha256[:12]}-")
     return gguf.converted(path, fetch.cache_folder() / "converted" / f"{sha256[:12]}-{stem}-v{gguf.CONVERSION}")
 
 
-def _hugging_face(name: str, local: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _hugging_face(name: str, local: bool) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer from a directory or the hub."""
     where = {"local_files_only": True} if local else {}
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **where)
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False, **where)
     except Exception as error:  # connection, name, access, format: many kinds, and the message tells them apart
         why = _first_line(error)
         if local:
@@ -139,10 +138,10 @@ def _hugging_face(name: str, local: bool) -> tuple[PreTrainedModel, PreTrainedTo
             "sample from"
         )
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, output_loading_info=True, **where
         )
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False, **where)
     except Exception as error:
         raise ValueError(
             f"{name!r} cannot be loaded ({_first_line(error)}): it needs config.json, *.safetensors and a tokenizer; "
@@ -158,7 +157,7 @@ def _hugging_face(name: str, local: bool) -> tuple[PreTrainedModel, PreTrainedTo
     return model, tokenizer
 
 
-def _adapter(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _adapter(path: Path) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
     """A PEFT adapter folded into its base model."""
     try:
         base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
@@ -180,9 +179,11 @@ def _adapter(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         )
     model, tokenizer = load_model(beside if beside.is_dir() else base)
     if (path / "tokenizer_config.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         if len(tokenizer) > _embeddings(model):
             model.resize_token_embeddings(len(tokenizer))
+    from peft import PeftModel
+
     try:
         wrapped = PeftModel.from_pretrained(model, str(path), local_files_only=True)
         merged = wrapped.merge_and_unload()
@@ -193,7 +194,9 @@ def _adapter(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return merged, tokenizer
 
 
-def _check_vocabulary(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def _check_vocabulary(
+    name: str, model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase
+) -> None:
     rows = _embeddings(model)
     if len(tokenizer) > rows:
         raise ValueError(
@@ -212,7 +215,7 @@ def _check_vocabulary(name: str, model: PreTrainedModel, tokenizer: PreTrainedTo
         )
 
 
-def _embeddings(model: PreTrainedModel) -> int:
+def _embeddings(model: transformers.PreTrainedModel) -> int:
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, torch.Tensor)
     return weight.shape[0]

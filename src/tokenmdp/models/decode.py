@@ -27,10 +27,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import transformers
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
 
 from tokenmdp.models.sampling import Sampling, draw
 
@@ -184,7 +184,6 @@ class _State:
 
 
 _state = _State()
-AttentionInterface.register("tokenmdp_slab", _attention)
 
 
 def _slab_for(policy: Policy) -> Slab:
@@ -199,6 +198,7 @@ def _slab_for(policy: Policy) -> Slab:
 def _slab_attention(policy: Policy, slab: Slab) -> Iterator[None]:
     config = policy.model.config
     before = config._attn_implementation
+    transformers.AttentionInterface.register("tokenmdp_slab", _attention)  # again changes nothing
     policy.model.set_attn_implementation("tokenmdp_slab")
     _state.slab = slab
     try:

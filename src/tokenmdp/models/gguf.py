@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,18 +24,8 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+import transformers
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
 
 from tokenmdp.models import fetch
 from tokenmdp.models.gguf_tokenizer import build_tokenizer
@@ -48,18 +38,18 @@ class _Family:
     """What one architecture name of the format means in Hugging Face terms.
 
     Attributes:
-        config, model: the Hugging Face classes.
+        config, model: the names of the Hugging Face classes.
         reordered: whether query and key rows are stored in llama.cpp's pairwise order.
     """
 
-    config: Callable[..., PretrainedConfig]
-    model: type[PreTrainedModel]
+    config: str
+    model: str
     reordered: bool
 
 
 FAMILIES = {
-    "llama": _Family(LlamaConfig, LlamaForCausalLM, reordered=True),
-    "qwen2": _Family(Qwen2Config, Qwen2ForCausalLM, reordered=False),
+    "llama": _Family("LlamaConfig", "LlamaForCausalLM", reordered=True),
+    "qwen2": _Family("Qwen2Config", "Qwen2ForCausalLM", reordered=False),
 }
 
 _OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -77,7 +67,7 @@ _INNER = {
 _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 
 
-def load_gguf(path: Path | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_gguf(path: Path | str) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
     """The model and the tokenizer of a GGUF file, weights dequantised to float32.
 
     Raises:
@@ -92,7 +82,7 @@ def load_gguf(path: Path | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     family = _family(metadata, path)
     state = _state_dict(reader, metadata, family, path)
     config = _config(metadata, family, state, path)
-    loaded: Any = family.model.from_pretrained(
+    loaded: Any = getattr(transformers, family.model).from_pretrained(
         None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
     )
     model, info = loaded
@@ -105,7 +95,9 @@ def load_gguf(path: Path | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     return model, tokenizer
 
 
-def converted(path: Path | str, folder: Path | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def converted(
+    path: Path | str, folder: Path | str
+) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
     """`load_gguf`, kept as a Hugging Face directory in `folder`: the first call converts, later ones load.
 
     The directory gets its name when it is whole; a conversion that is killed leaves nothing under it.
@@ -124,10 +116,10 @@ def converted(path: Path | str, folder: Path | str) -> tuple[PreTrainedModel, Pr
             tokenizer.save_pretrained(partial)
             _name_whole(Path(partial), folder)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, local_files_only=True
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # whatever the reader says of a damaged file, the remedy is one
         raise OSError(
             f"the converted model in {folder} cannot be read ({error}): delete that folder, it is made anew"
@@ -209,7 +201,9 @@ def undo_pairs(weight: Tensor, heads: int) -> Tensor:
     return weight.view(heads, -1, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
 
 
-def _config(metadata: Mapping[str, Any], family: _Family, state: Mapping[str, Tensor], path: Path) -> PretrainedConfig:
+def _config(
+    metadata: Mapping[str, Any], family: _Family, state: Mapping[str, Tensor], path: Path
+) -> transformers.PretrainedConfig:
     """The Hugging Face configuration, from metadata and, where they know better, the tensors' shapes."""
     architecture = metadata["general.architecture"]
 
@@ -235,7 +229,7 @@ def _config(metadata: Mapping[str, Any], family: _Family, state: Mapping[str, Te
             "mlp_bias": "model.layers.0.mlp.up_proj.bias" in state,
             "head_dim": head_dim,
         }
-    return family.config(
+    made: transformers.PretrainedConfig = getattr(transformers, family.config)(
         vocab_size=state["model.embed_tokens.weight"].shape[0],
         hidden_size=of("embedding_length"),
         intermediate_size=of("feed_forward_length"),
@@ -251,6 +245,7 @@ def _config(metadata: Mapping[str, Any], family: _Family, state: Mapping[str, Te
         pad_token_id=metadata.get("tokenizer.ggml.padding_token_id"),
         **extra,
     )
+    return made
 
 
 def _shortest(value: float) -> float:

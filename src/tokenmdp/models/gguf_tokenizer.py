@@ -13,8 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 _CONTROL, _USER_DEFINED = (
     3,
@@ -36,7 +36,7 @@ _GPT2 = ("gpt-2", "gpt2")
 PRE_TOKENIZERS = (*_GPT2, "smollm", *_SPLITS)
 
 
-def build_tokenizer(metadata: Mapping[str, Any], context: int) -> PreTrainedTokenizerFast:
+def build_tokenizer(metadata: Mapping[str, Any], context: int) -> transformers.PreTrainedTokenizerFast:
     """The tokenizer a GGUF file's metadata describes, with its special tokens and chat template.
 
     Args:
@@ -75,7 +75,9 @@ def build_tokenizer(metadata: Mapping[str, Any], context: int) -> PreTrainedToke
             pair=f"{bos}:0 $A:0 {bos}:1 $B:1",
             special_tokens=[(bos, metadata["tokenizer.ggml.bos_token_id"])],
         )
-    build: Callable[..., PreTrainedTokenizerFast] = PreTrainedTokenizerFast  # its constructor carries no types
+    build: Callable[..., transformers.PreTrainedTokenizerFast] = (
+        transformers.PreTrainedTokenizerFast
+    )  # its constructor carries no types
     wrapped = build(tokenizer_object=tokenizer, model_max_length=context, clean_up_tokenization_spaces=False, **special)
     wrapped.chat_template = metadata.get("tokenizer.chat_template")
     return wrapped

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tokenmdp import mdp
 from tokenmdp.functional import kl
@@ -46,7 +46,11 @@ class Policy:
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "policy", compute: str = "auto"
+        self,
+        model: transformers.PreTrainedModel,
+        tokenizer: transformers.PreTrainedTokenizerBase,
+        name: str = "policy",
+        compute: str = "auto",
     ):
         self.backbone = Backbone(model, compute)
         self.tokenizer = tokenizer
@@ -84,7 +88,7 @@ class Policy:
         return self.backbone.device
 
     @property
-    def model(self) -> PreTrainedModel:
+    def model(self) -> transformers.PreTrainedModel:
         return self.backbone.model
 
     # -- text
@@ -427,7 +431,7 @@ class Policy:
         return self.backbone.fingerprint()
 
 
-def context(model: PreTrainedModel) -> int:
+def context(model: transformers.PreTrainedModel) -> int:
     """The most positions a row may have.
 
     Long-rope models read a row with other rotations once any row beside it is longer than the length they were first
@@ -446,7 +450,7 @@ def context(model: PreTrainedModel) -> int:
     return longest
 
 
-def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def eos_ids(model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Every token that ends a response: the tokenizer's and those the generation config adds.
 
     Raises:

@@ -10,8 +10,8 @@ import string
 from collections.abc import Callable, Sequence
 
 import torch
+import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tokenmdp.models.policy import Policy
 
@@ -32,7 +32,7 @@ def tiny(texts: Sequence[str] | None = None, vocabulary: int = 2000, seed: int =
         ValueError: texts that hold nothing, or a vocabulary that cannot hold the 256 bytes and the special tokens.
     """
     tokenizer = characters() if texts is None else words(texts, vocabulary)
-    config = LlamaConfig(
+    config = transformers.LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=120,
@@ -46,7 +46,7 @@ def tiny(texts: Sequence[str] | None = None, vocabulary: int = 2000, seed: int =
         pad_token_id=tokenizer.eos_token_id,
     )
     with torch.random.fork_rng(devices=[]):  # the constructor draws weights of its own, which are replaced below
-        model = LlamaForCausalLM(config)
+        model = transformers.LlamaForCausalLM(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in model.parameters():
@@ -55,7 +55,7 @@ def tiny(texts: Sequence[str] | None = None, vocabulary: int = 2000, seed: int =
     return Policy(model, tokenizer, name="tiny", compute="float32")
 
 
-def characters() -> PreTrainedTokenizerFast:
+def characters() -> transformers.PreTrainedTokenizerFast:
     """One token a character: printable ASCII and the newline; anything else is `<unk>`."""
     alphabet = [c for c in string.printable if c.isprintable() or c == "\n"]
     vocabulary = {token: i for i, token in enumerate([_EOS, _BOS, _UNKNOWN, *alphabet])}
@@ -65,7 +65,7 @@ def characters() -> PreTrainedTokenizerFast:
     return _wrapped(tokenizer, unk_token=_UNKNOWN)
 
 
-def words(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
+def words(texts: Sequence[str], vocabulary: int) -> transformers.PreTrainedTokenizerFast:
     """Byte-level BPE learnt from texts: frequent words become tokens, any other text is spelled; decoding is exact."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if not any(text.strip() for text in texts):
@@ -86,11 +86,13 @@ def words(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
     return _wrapped(tokenizer)
 
 
-def _wrapped(tokenizer: Tokenizer, **special: str) -> PreTrainedTokenizerFast:
+def _wrapped(tokenizer: Tokenizer, **special: str) -> transformers.PreTrainedTokenizerFast:
     tokenizer.add_special_tokens(
         [AddedToken(t, normalized=False, special=True) for t in (_EOS, _BOS, *special.values())]
     )
-    build: Callable[..., PreTrainedTokenizerFast] = PreTrainedTokenizerFast  # its constructor carries no types
+    build: Callable[..., transformers.PreTrainedTokenizerFast] = (
+        transformers.PreTrainedTokenizerFast
+    )  # its constructor carries no types
     return build(
         tokenizer_object=tokenizer,
         eos_token=_EOS,

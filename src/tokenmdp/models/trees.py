@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
-from sklearn.ensemble import HistGradientBoostingClassifier
 from torch import Tensor
 
 ROWS = 1024  # asked at a time
@@ -98,6 +97,8 @@ def grow(x: NDArray[Any], y: NDArray[np.int64], weight: NDArray[np.float64] | No
     """
     if not 2 <= (settings.get("max_leaf_nodes") or MOST + 1) <= MOST:
         raise ValueError(f"max_leaf_nodes is {settings.get('max_leaf_nodes')}; it must be 2 to {MOST}")
+    from sklearn.ensemble import HistGradientBoostingClassifier
+
     grown = HistGradientBoostingClassifier(early_stopping=False, **settings).fit(x, y, sample_weight=weight)
     trees = _copied(grown)
     said = trees.score(torch.from_numpy(x[:PROBE])).double()
@@ -108,7 +109,7 @@ def grow(x: NDArray[Any], y: NDArray[np.int64], weight: NDArray[np.float64] | No
     return trees
 
 
-def _copied(grown: HistGradientBoostingClassifier) -> Trees:
+def _copied(grown: Any) -> Trees:
     """The library's trees as arrays, padded with questions whose answer strikes nothing out."""
     told = [_told(stage[0].nodes) for stage in grown._predictors]
     trees, leaves = len(told), max(len(t[3]) for t in told)

@@ -12,13 +12,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.decomposition import TruncatedSVD
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.preprocessing import StandardScaler
+
+if TYPE_CHECKING:
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.feature_extraction.text import TfidfVectorizer
 
 Embed = Callable[[Sequence[str]], NDArray[np.float32]]
 """[N, D] of N texts; cached by whoever gives it."""
@@ -84,6 +85,8 @@ class Features:
             raise ValueError("kinds has `embedding`, so `embed` must be given: a function of texts to [N, D] numbers")
         if not texts:
             raise ValueError("no texts to learn features from")
+        from sklearn.preprocessing import StandardScaler
+
         raw = self._raw(texts, learn=True)
         self.scale = StandardScaler().fit(raw)
         # What is the same in all texts but for rounding would else become noise as large as any feature.
@@ -111,6 +114,8 @@ class Features:
     @staticmethod
     def restored(facts: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]], embed: Embed | None = None) -> Features:
         """The features that `facts` and `arrays` were taken from."""
+        from sklearn.preprocessing import StandardScaler
+
         self = Features(tuple(facts["kinds"]), int(facts["components"]), embed, int(facts["seed"]))
         if "tfidf" in self.kinds:
             self.counts = _counter(vocabulary=facts["vocabulary"])
@@ -184,18 +189,24 @@ class Once:
 
 
 def _counter(**more: Any) -> TfidfVectorizer:
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
     return TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, token_pattern=PATTERN, **more)
 
 
 def _reducer(matrix: Any, components: int, seed: int) -> TruncatedSVD | None:
     """Singular vectors of a matrix [N, W]; none where it is too small to have as many."""
     count = min(components, min(matrix.shape) - 1)
+    from sklearn.decomposition import TruncatedSVD
+
     return TruncatedSVD(count, random_state=seed).fit(matrix) if count >= 1 else None
 
 
 def _with(directions: NDArray[Any] | None) -> TruncatedSVD | None:
     if directions is None:
         return None
+    from sklearn.decomposition import TruncatedSVD
+
     found = TruncatedSVD(len(directions))
     found.components_ = directions
     return found

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy import stats as scipy_stats
 
 from tokenmdp import stats
 from tokenmdp.prompting import choose, estimate, intervals, leaks, splits, stacked
@@ -26,7 +26,7 @@ def auc(score: NDArray[np.float64], right: NDArray[np.bool_]) -> float | None:
     good, bad = int(right.sum()), int((~right).sum())
     if not good or not bad:
         return None
-    ranks = scipy_stats.rankdata(score)
+    ranks = scipy.stats.rankdata(score)
     return float((ranks[right].sum() - good * (good + 1) / 2) / (good * bad))
 
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.feature_extraction.text import TfidfVectorizer
 
 from tokenmdp.prompting.log import Log
 
@@ -102,6 +101,8 @@ def find(learned: Sequence[str], held_out: Sequence[str], near: float = NEAR) ->
 
 def _nearest(learned: Sequence[str], held_out: Sequence[str]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """[held out] the largest cosine with a query that is learned from, and which one that is."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
     count = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5), max_features=1 << 16, dtype=np.float32)
     # Counted over both sides: what only a held-out query says must count against its being a repetition.
     both = count.fit_transform([normalised(text) or "?" for text in (*learned, *held_out)])

@@ -15,12 +15,10 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
+import scipy
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import minimize
 from scipy.special import expit
-from sklearn.linear_model import Ridge
-from sklearn.neighbors import NearestNeighbors
 
 from tokenmdp.models import trees
 from tokenmdp.prompting.features import Features, Learn, plain
@@ -66,6 +64,8 @@ class Neighbours:
         """Remember."""
         tried = log.tried()
         self.texts = self.features([log.queries[i] for i in tried])
+        from sklearn.neighbors import NearestNeighbors
+
         self.index = NearestNeighbors().fit(self.texts.transform([log.queries[i] for i in tried]))
         self.table = log.matrix()[tried]
         self.names = {p: i for i, p in enumerate(log.prompts)}
@@ -211,7 +211,9 @@ class Logistic(Crossed):
             slope[:-1] += self.strength * x[:-1]
             return value, slope
 
-        found = minimize(loss, np.zeros(D + P * D + E + 1), jac=True, method="L-BFGS-B", options={"maxiter": 1000}).x
+        found = scipy.optimize.minimize(
+            loss, np.zeros(D + P * D + E + 1), jac=True, method="L-BFGS-B", options={"maxiter": 1000}
+        ).x
         self.weight, self.bias = found[:-1], float(found[-1])
         return self
 
@@ -307,6 +309,8 @@ class Factorised:
         self.right = self.right[: self.rank]
         self.texts = self.features([log.queries[i] for i in tried])
         inputs = self.texts.transform([log.queries[i] for i in tried])
+        from sklearn.linear_model import Ridge
+
         self.side = Ridge(self.penalty).fit(inputs, left[:, : self.rank] * size[: self.rank])
         return self
 

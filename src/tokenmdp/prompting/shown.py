@@ -6,8 +6,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.cluster import KMeans
-from sklearn.feature_extraction.text import TfidfVectorizer
 
 from tokenmdp import stats
 from tokenmdp.prompting import intervals, leaks
@@ -48,6 +46,9 @@ def by_cluster(log: Log, pick: NDArray[np.int64], constant: NDArray[np.int64], s
     count = min(KINDS, len(tried) // FEWEST)
     if count < 2:
         return []
+    from sklearn.cluster import KMeans
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
     kind = KMeans(count, n_init=4, random_state=seed).fit_predict(Features(components=16).fit(texts).transform(texts))
     counts = TfidfVectorizer(stop_words="english", min_df=2, token_pattern=r"[A-Za-z]{3,}")
     try:

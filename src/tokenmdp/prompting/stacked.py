@@ -16,8 +16,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy.optimize import minimize
 from scipy.special import expit, logit
 
 from tokenmdp.prompting import leaks, proxy, splits
@@ -131,7 +131,9 @@ def _weighed(
 
     start = np.concatenate([np.zeros(P), np.ones(2 * K) / K])
     # A slope below 0 would turn an order round because of noise: then nothing is known of it.
-    found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=[(None, None)] * P + [(0, None)] * (2 * K)).x
+    found = scipy.optimize.minimize(
+        loss, start, jac=True, method="L-BFGS-B", bounds=[(None, None)] * P + [(0, None)] * (2 * K)
+    ).x
     return found[:P], found[P : P + K], found[P + K :]
 
 

@@ -26,8 +26,6 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
 
 from tokenmdp import mdp
 from tokenmdp.types import Batch, Score
@@ -73,6 +71,9 @@ class TextClassifier:
             raise ValueError(
                 f"the labels are {sorted(set(labels))[:5]}; a classifier needs 0 and 1, and examples of both"
             )
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.linear_model import LogisticRegression
+
         vectorizer = TfidfVectorizer(ngram_range=(1, 2), min_df=min_texts, sublinear_tf=True)
         try:
             features = vectorizer.fit_transform(texts)

@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import transformers
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
 from tokenmdp import mdp
 from tokenmdp.models.backbone import Backbone
@@ -39,7 +39,11 @@ class RewardModel:
     """
 
     def __init__(
-        self, backbone: Backbone, tokenizer: PreTrainedTokenizerBase, name: str = "reward_model", pool: str = "last"
+        self,
+        backbone: Backbone,
+        tokenizer: transformers.PreTrainedTokenizerBase,
+        name: str = "reward_model",
+        pool: str = "last",
     ) -> None:
         self.backbone, self.tokenizer, self.name, self.pool = backbone, tokenizer, name, pool
         self.head: nn.Linear = _score_layer(backbone.model)
@@ -58,7 +62,7 @@ class RewardModel:
         config = copy.deepcopy(policy.model.config)
         config.num_labels, config.pad_token_id = 1, policy.eos_ids[0]
         with torch.device("meta"):
-            model = AutoModelForSequenceClassification.from_config(config)
+            model = transformers.AutoModelForSequenceClassification.from_config(config)
         setattr(model, model.base_model_prefix, body.body)
         head = _score_layer(model)
         width = head.weight.shape[1]
@@ -76,12 +80,14 @@ class RewardModel:
             ValueError: it has more than one label, or its tokenizer differs from the policy's.
         """
         folder = Path(folder)
-        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=False
+        )
         if model.config.num_labels != 1:
             raise ValueError(
                 f"{folder} has {model.config.num_labels} labels; a reward model has one: train it with `tokenmdp reward-model`"
             )
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if tokenizer.get_vocab() != policy.tokenizer.get_vocab():
             raise ValueError(
                 f"the reward model in {folder} and the policy {policy.name} have different tokenizers; it reads token ids, so they "

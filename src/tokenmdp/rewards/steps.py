@@ -14,9 +14,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import transformers
 from jaxtyping import Bool, Float
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from tokenmdp.functional import returns
 from tokenmdp.models import tree
@@ -29,7 +29,9 @@ KINDS = ("share", "any")
 RIGHT = 0.5  # a score above this is a right response: verifiers say 0 or 1
 
 
-def ends(batch: Batch, tokenizer: PreTrainedTokenizerBase, delimiter: str = DELIMITER) -> Bool[Tensor, "B L"]:
+def ends(
+    batch: Batch, tokenizer: transformers.PreTrainedTokenizerBase, delimiter: str = DELIMITER
+) -> Bool[Tensor, "B L"]:
     """True at the last token of each step: where a delimiter is complete, and where the text ends after the last one.
 
     The end-of-text token says nothing and is part of no step, unless a response has nothing else.
