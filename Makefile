@@ -29,7 +29,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "TokenMDP needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Name another: make PYTHON=python3.11" >&2; exit 1; }
 	@$(PYTHON) -m venv .venv || { rm -rf .venv; echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu it needs: apt-get install python3-venv" >&2; exit 1; }
 	@echo "Installing into .venv: a few minutes, once."
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]' | { grep --line-buffered -E '^ *Downloading' || true; }
+	$(BIN)/python -m pip install --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]' | { grep --line-buffered -E '^ *Downloading' || true; }
+	@$(BIN)/python -m compileall -q -j 0 .venv/lib >/dev/null || true  # what pip would do on one core; some packages ship templates
 	@touch $@
 
 demo: $(INSTALLED)

@@ -291,6 +291,19 @@ def test_what_does_not_fit_the_context_says_row_length_and_limit(policy: Policy)
         data.demonstrations([{"prompt": "a" * 12, "completion": "b" * limit}], policy)
 
 
+def test_all_rows_that_cannot_be_used_are_named_at_once(policy: Policy) -> None:
+    long = {"prompt": "a" * policy.context, "chosen": "b", "rejected": "c"}
+    fine = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    with pytest.raises(
+        ValueError, match=r"prompt of row 1 has .*\(3 of the 5 rows cannot be used; the others are 3, 4\)"
+    ):
+        data.pairs([fine, long, fine, long, {"prompt": "a", "chosen": "b"}], policy)
+    with pytest.raises(
+        ValueError, match=r"row 0.*\(21 of the first 21 rows cannot be used; the others are 1, 2, .*, 20\)"
+    ):
+        data.prompts([{"body": "a"}] * 5000, policy)  # the wrong column: the rest is not looked at
+
+
 @pytest.mark.parametrize(
     "read", [data.prompts, data.demonstrations, data.pairs, data.labelled, data.logged, data.stepwise]
 )

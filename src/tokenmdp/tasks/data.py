@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +15,9 @@ from tokenmdp.tasks import formats
 from tokenmdp.tasks.formats import Content, Demonstration
 from tokenmdp.types import Batch, Pairs, Prompt
 
+_ALL_WRONG, _NAMED = 20, 20  # rows that are wrong before the rest is not looked at; rows an error names
+Made = TypeVar("Made")
+
 
 def prompts(rows: Sequence[Mapping[str, Any]], policy: Policy) -> list[Prompt]:
     """A prompt a row, in order; a row's other columns go with it.
@@ -22,12 +26,12 @@ def prompts(rows: Sequence[Mapping[str, Any]], policy: Policy) -> list[Prompt]:
         ValueError: a row without a prompt (naming its columns), messages for a tokenizer without a chat template, or a
             prompt that leaves no room in the context.
     """
-    _some(rows)
-    found = []
-    for index, row in enumerate(rows):
+
+    def one(row: Mapping[str, Any], index: int) -> Prompt:
         content, columns = formats.prompt(row, index)
-        found.append(policy.prompt(content, index, columns))
-    return found
+        return policy.prompt(content, index, columns)
+
+    return _each(rows, one)
 
 
 def demonstrations(rows: Sequence[Mapping[str, Any]], policy: Policy, max_tokens: int | None = None) -> Batch:
@@ -85,16 +89,18 @@ def stepwise(
     Raises:
         ValueError: as `demonstrations`; or steps and labels that do not fit each other.
     """
-    _some(rows)
-    built, marks = _Rows(policy, max_tokens), []
-    for index, row in enumerate(rows):
+    built = _Rows(policy, max_tokens)
+
+    def one(row: Mapping[str, Any], index: int) -> list[tuple[int, int, bool]]:
         found = formats.stepwise(row, index)
         prompt = policy.prompt(found.prompt, index, found.columns)
         ends = built.add_steps(prompt, [*(step + separator for step in found.steps[:-1]), found.steps[-1]])
-        marks += [(index, len(prompt.ids) + end, right) for end, right in zip(ends, found.labels, strict=True)]
+        return [(index, len(prompt.ids) + end, right) for end, right in zip(ends, found.labels, strict=True)]
+
+    marks = _each(rows, one)
     batch = built.batch()
     label, where = torch.zeros(batch.tokens.shape), torch.zeros_like(batch.action)
-    for row_at, at, right in marks:
+    for row_at, at, right in chain.from_iterable(marks):
         if at < int(batch.length[row_at]):
             label[row_at, at], where[row_at, at] = float(right), True
     return batch, label, where
@@ -109,14 +115,16 @@ def pairs(rows: Sequence[Mapping[str, Any]], policy: Policy, max_tokens: int | N
     Raises:
         ValueError: as `demonstrations`.
     """
-    _some(rows)
-    chosen, rejected, margins = _Rows(policy, max_tokens), _Rows(policy, max_tokens), []
-    for index, row in enumerate(rows):
+    chosen, rejected = _Rows(policy, max_tokens), _Rows(policy, max_tokens)
+
+    def one(row: Mapping[str, Any], index: int) -> float:
         found = formats.preference(row, index)
         prompt = policy.prompt(found.prompt, index, found.columns)
         chosen.add(prompt, found.prompt, found.chosen)
         rejected.add(prompt, found.prompt, found.rejected)
-        margins.append(found.margin)
+        return found.margin
+
+    margins = _each(rows, one)
     return Pairs(chosen.batch(), rejected.batch(), torch.tensor(margins))
 
 
@@ -145,14 +153,16 @@ def _batch(
     policy: Policy,
     max_tokens: int | None,
 ) -> Batch:
-    _some(rows)
     built = _Rows(policy, max_tokens)
-    for index, row in enumerate(rows):
+
+    def one(row: Mapping[str, Any], index: int) -> None:
         found = read(row, index)
         if found.prompt is None:
             built.add_text(str(found.completion), index, found.columns)
         else:
             built.add(policy.prompt(found.prompt, index, found.columns), found.prompt, found.completion)
+
+    _each(rows, one)
     return built.batch()
 
 
@@ -243,9 +253,28 @@ class _Rows:
         return Batch.build(self.prompts, self.responses, texts=texts, ended=self.ended, pad=self.policy.eos_ids[0])
 
 
-def _some(rows: Sequence[Mapping[str, Any]]) -> None:
+def _each(rows: Sequence[Mapping[str, Any]], use: Callable[[Mapping[str, Any], int], Made]) -> list[Made]:
+    """What `use` makes of every row. The rows it refuses are told of together, so that they are taken out at once."""
     if not rows:
         raise ValueError("there are no rows: the data is empty, or a filter left nothing")
+    made: list[Made] = []
+    refused: list[int] = []
+    first: ValueError | None = None
+    for index, row in enumerate(rows):
+        try:
+            made.append(use(row, index))
+        except ValueError as fault:
+            first = first or fault
+            refused.append(index)
+            if len(refused) > index >= _ALL_WRONG:  # the wrong file or column: no need to read the rest
+                break
+    if first is None:
+        return made
+    if len(refused) == 1:
+        raise first
+    read = f"the {len(rows)} rows" if index + 1 == len(rows) else f"the first {index + 1} rows"
+    more = ", ".join(map(str, refused[1 : _NAMED + 1])) + ", ..." * (len(refused) > _NAMED + 1)
+    raise ValueError(f"{first} ({len(refused)} of {read} cannot be used; the others are {more})") from first
 
 
 Part = TypeVar("Part", Batch, Pairs)
