@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -44,18 +44,32 @@ def policy() -> Policy:
     return tiny("llama")
 
 
+Passes = Callable[[Policy], list[tuple[int, int]]]
+
+
 @pytest.fixture
-def passes(policy: Policy) -> Iterator[list[tuple[int, int]]]:
-    """The shape (rows, tokens) of every forward pass of the body, as they happen."""
-    seen: list[tuple[int, int]] = []
+def passes_of() -> Iterator[Passes]:
+    """The shape (rows, tokens) of every forward pass of a policy's body, as they happen."""
+    handles = []
 
-    def watch(module: torch.nn.Module, args: object, kwargs: dict[str, torch.Tensor]) -> None:
-        rows, tokens = kwargs["input_ids"].shape
-        seen.append((rows, tokens))
+    def watched(policy: Policy) -> list[tuple[int, int]]:
+        seen: list[tuple[int, int]] = []
 
-    handle = policy.backbone.body.register_forward_pre_hook(watch, with_kwargs=True)
-    yield seen
-    handle.remove()
+        def watch(module: torch.nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, torch.Tensor]) -> None:
+            rows, tokens = (kwargs["input_ids"] if "input_ids" in kwargs else args[0]).shape
+            seen.append((rows, tokens))
+
+        handles.append(policy.backbone.body.register_forward_pre_hook(watch, with_kwargs=True))
+        return seen
+
+    yield watched
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.fixture
+def passes(policy: Policy, passes_of: Passes) -> list[tuple[int, int]]:
+    return passes_of(policy)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -279,6 +293,28 @@ def test_in_bfloat16_the_slab_holds_bfloat16_and_the_learner_agrees(architecture
     assert drawn.logp_mu is not None
     seen = policy.evaluate(drawn)["logp"].detach()
     assert float((seen - drawn.logp_mu).abs().max()) < 0.05
+
+
+STEMS = [
+    [5, 6, 7, 8, 9, 10],
+    [5, 6, 7, 8, 11, 12, 13],
+    [5, 6, 7, 8, 11, 12, 14],
+    [5, 6, 7, 8, 9, 10, 2],
+    [8, 9, 10, 11],
+]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_what_prefixes_begin_with_alike_is_read_once(architecture: str, passes_of: Passes) -> None:
+    policy = tiny(architecture, **UNCAPPED.get(architecture, {}))
+    if policy.engine() is decode.slow:
+        pytest.skip("this architecture is decoded by the slow path")
+    seen = passes_of(policy)
+    u, sampling = numbers(2 * len(STEMS), 6), Sampling(max_new_tokens=6, stop_at_eos=False)
+    with torch.inference_mode():
+        ours = decode.fast(policy, STEMS, 2, u, sampling)
+        assert seen[0] == (2, 11)  # 4 + 2 + 1 + 3 + 1 states and a line of 4, for 31 tokens
+        assert_same(ours, decode.slow(policy, STEMS, 2, u, sampling))
 
 
 def test_a_window_of_another_kind_is_left_to_the_slow_path() -> None:

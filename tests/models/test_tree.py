@@ -129,8 +129,8 @@ def test_a_parent_is_read_once_for_all_its_states(passes: tuple[Policy, list[tup
     policy, seen = passes
     b = batch([([1, 2, 3], [4, 5, 6, 7]), ([1, 2, 3, 4, 5], [6, 7, 8]), ([9], [8, 7])])
     tree.branch(policy, b, every_action(b), 4, Sampling(max_new_tokens=5, stop_at_eos=False), torch.Generator())
-    # Three parents, read up to the last state of the longest (4 + 3 and 5 + 2 tokens: 7 − 1 = 6 and 8 − 1 = 7).
-    assert seen[0] == (3, 7)
+    # Rows are read up to their last state (7 − 1 = 6 and 8 − 1 = 7 tokens); the first is the beginning of the second.
+    assert seen[0] == (2, 7)
     assert all(tokens == 1 for _, tokens in seen[1:])
     assert len(seen[1:]) == 4, "the farthest state from its horizon has 5 tokens left; the last one drawn is not read"
 

@@ -6,9 +6,8 @@ that reads a preallocated slab of keys and values:
     columns   0 ........ P − 1 | P, P + 1, ...        prefixes end at column P − 1 (padded on the left),
     row b     ..prefix of b....| its response          so every row writes its next token into one column
 
-* A prefix is read once for all its samples, then its keys and values are copied to their rows (`shared prefill`).
-* States along one row are prefixes of each other: `fork` reads the row once for all of them, and gives every fork the
-  keys and values up to its own position.
+* A prefix is read once for all its samples, and what several prefixes begin with once for all of them (`stems`); then
+  keys and values are copied to the rows (`shared prefill`). So the states along one row cost no more than the row.
 * Keys and values of grouped heads are never repeated: the query heads of a group become query rows of one product.
 * Rows that ended leave: when enough have, the slab is compacted, so the last long responses do not pay for the short
   ones.
@@ -24,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -32,6 +31,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from tokenmdp.models import stems
+from tokenmdp.models.parts import FORWARD_TOKENS
 from tokenmdp.models.sampling import Sampling, draw
 
 if TYPE_CHECKING:
@@ -55,20 +56,6 @@ class Drawn:
     ended: bool = False
 
 
-class Fork(NamedTuple):
-    """A state to draw from: the first tokens of a row.
-
-    Attributes:
-        parent: which row.
-        length: how many of its tokens are kept, at least 1.
-        horizon: the most tokens that may follow.
-    """
-
-    parent: int
-    length: int
-    horizon: int
-
-
 class Slab:
     """Keys and values of all layers; the object transformers calls the cache.
 
@@ -84,6 +71,7 @@ class Slab:
         self.values: dict[int, Tensor] = {}
         self.reading = True
         self.column = 0
+        self.sees: Tensor | None = None  # [trees, 1, N, N] which states a state sees while reading; None: all before it
         self.mask: Tensor | None = (
             None  # [rows, 1, 1, columns] added to the scores; None when all prefixes have one length
         )
@@ -100,28 +88,24 @@ class Slab:
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0 if self.reading else self.column
 
-    def spread(self, lengths: Tensor, parent: Tensor, source: Tensor, columns: int) -> None:
+    def spread(self, forest: stems.Forest, source: Tensor, columns: int) -> None:
         """Give every row the keys and values of its prefix, right-aligned, with room for `columns` in all.
 
         Args:
-            lengths: [prefixes] tokens of each prefix.
-            parent: [prefixes] the row read of which each prefix is the beginning.
+            forest: what was read.
             source: [rows] the prefix of each row.
         """
-        P, rows = int(lengths.max()), len(source)
+        lengths, rows = forest.length, len(source)
+        P = int(lengths.max())
         ragged = bool((lengths != P).any())
-        each_its_own = parent.tolist() == list(range(len(next(iter(self.keys.values())))))
         # column c of a prefix of length n holds its position c − (P − n)
         position = torch.arange(P, device=lengths.device)[None] - (P - lengths)[:, None]
+        node, tree = forest.node.gather(1, position.clamp(min=0))[source], forest.tree[source][:, None]
         for store in (self.keys, self.values):
             for layer, read in store.items():
-                aligned = read if each_its_own else read[parent]
-                if ragged:
-                    index = position.clamp(min=0)[:, None, :, None].expand(-1, read.shape[1], -1, read.shape[3])
-                    aligned = aligned.gather(2, index)
                 # Empty, not zeros: no column is read before it is written.
                 slab = read.new_empty((rows, read.shape[1], columns, read.shape[3]), dtype=self.dtype or read.dtype)
-                slab[:, :, :P] = aligned[source]
+                slab[:, :, :P] = read[tree, :, node].transpose(1, 2)
                 store[layer] = slab
         if ragged:
             visible = torch.ones((rows, columns), dtype=torch.bool, device=lengths.device)
@@ -153,23 +137,27 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """What transformers calls instead of its own attention while the engine runs.
 
-    query [rows, heads, T, d]; key, value [rows, key heads, columns, d]. T > 1 reads prefixes (causal), T = 1 decodes.
+    query [rows, heads, T, d]; key, value [rows, key heads, columns, d]. Prefixes are read T at a time; T = 1 decodes.
     """
     refused = [name for name in _EXTRA_TERMS if others.get(name) is not None]
     if refused:
         raise ValueError(f"this attention has {', '.join(refused)}, which the slab does not know: decode it by `slow`")
     rows, heads, T, width = query.shape
     groups = heads // key.shape[1]
-    if T > 1:
-        window = None
+    slab = _state.slab
+    assert slab is not None, "set while the engine runs"
+    if slab.reading:
+        sees = slab.sees
         if sliding_window is not None and sliding_window < T:
-            distance = torch.arange(T, device=query.device)[:, None] - torch.arange(T, device=query.device)[None]
-            window = (distance >= 0) & (distance < sliding_window)
+            # How far back a state is on the way to another: those seen from there less those seen from here.
+            seen = torch.ones((1, 1, T, T), dtype=torch.bool, device=query.device).tril() if sees is None else sees
+            depth = seen.sum(-1)
+            sees = seen & (depth[..., :, None] - depth[..., None, :] < sliding_window)
         out = scaled_dot_product_attention(
-            query, key, value, attn_mask=window, is_causal=window is None, scale=scaling, enable_gqa=groups > 1
+            query, key, value, attn_mask=sees, is_causal=sees is None, scale=scaling, enable_gqa=groups > 1
         )
         return out.transpose(1, 2), None
-    mask = _state.slab.mask if _state.slab is not None else None
+    mask = slab.mask
     start = 0 if sliding_window is None else max(0, key.shape[2] - sliding_window)
     mask = None if mask is None else mask[..., start : key.shape[2]].to(query.dtype)
     grouped = query.view(rows, key.shape[1], groups, width)
@@ -215,24 +203,33 @@ def _step(policy: Policy, tokens: Tensor, positions: Tensor, slab: Slab) -> Tens
     ).last_hidden_state
 
 
-def _read(
-    policy: Policy, parents: Sequence[Sequence[int]], forks: Sequence[Fork], source: Tensor, columns: int, slab: Slab
-) -> tuple[Tensor, Tensor]:
-    """Read each parent once, as far as it is forked, and spread it over the rows of its forks. Returns the last hidden
-    state of each fork and the lengths.
-    """
-    device = policy.device
-    lengths = torch.tensor([f.length for f in forks], device=device)
-    place = {parent: i for i, parent in enumerate(dict.fromkeys(f.parent for f in forks))}
-    parent = torch.tensor([place[f.parent] for f in forks], device=device)
-    P = int(lengths.max())
-    tokens = torch.zeros((len(place), P), dtype=torch.long, device=device)
-    for name, i in place.items():
-        kept = list(parents[name][:P])
-        tokens[i, : len(kept)] = torch.tensor(kept, device=device)
-    hidden = _step(policy, tokens, torch.arange(P, device=device).expand(len(place), -1), slab)
-    slab.spread(lengths, parent, source, P + columns)
-    return hidden[parent, lengths - 1], lengths
+def _read(policy: Policy, prefixes: Sequence[Sequence[int]], slab: Slab) -> tuple[Tensor, stems.Forest]:
+    """Read every state once. Returns the last hidden state of each prefix, and where the slab has it."""
+    forest = stems.plant(prefixes).to(policy.device)
+    slab.sees = forest.sees
+    hidden = _step(policy, forest.tokens, forest.position, slab)
+    ends = forest.node.gather(1, forest.length[:, None] - 1)[:, 0]
+    return hidden[forest.tree, ends], forest
+
+
+def ahead(policy: Policy, prefixes: Sequence[Sequence[int]]) -> Float[Tensor, "P V"]:
+    """Logits of the token after each prefix; what prefixes begin with alike is read once."""
+    out: dict[int, Tensor] = {}
+
+    def read(part: Sequence[int]) -> None:
+        slab = _slab_for(policy)
+        with _slab_attention(policy, slab):
+            last, _ = _read(policy, [prefixes[i] for i in part], slab)
+            out.update(zip(part, policy.project(last).float(), strict=True))
+
+    part: list[int] = []
+    for longest, family in sorted((max(len(prefixes[i]) for i in f), f) for f in stems.families(prefixes)):
+        if part and (len(part) + len(family)) * longest > FORWARD_TOKENS:
+            read(part)
+            part = []
+        part += family
+    read(part)
+    return torch.stack([out[i] for i in range(len(prefixes))])
 
 
 def fast(
@@ -247,45 +244,51 @@ def fast(
 
     Equal to `slow` up to the rounding of the model's own arithmetic.
     """
-    whole = [Fork(i, len(prefix), sampling.max_new_tokens) for i, prefix in enumerate(prefixes)]
-    return fork(policy, prefixes, whole, n, uniform, sampling, advance)
+    return fork(policy, prefixes, [sampling.max_new_tokens] * len(prefixes), n, uniform, sampling, advance)
 
 
 def fork(
     policy: Policy,
-    parents: Sequence[Sequence[int]],
-    forks: Sequence[Fork],
+    states: Sequence[Sequence[int]],
+    horizons: Sequence[int],
     n: int,
     uniform: Float[Tensor, "B H"],
     sampling: Sampling,
     advance: Callable[[int], None] | None = None,
 ) -> list[Drawn]:
-    """`n` continuations of each fork; row f·n + j is sample j of fork f and uses `uniform[f·n + j]`.
+    """`n` continuations of each state; row s·n + j is sample j of state s and uses `uniform[s·n + j]`.
 
-    A parent is read once for all its forks, unless they do not fit one slab: then once a slab. Equal to `slow` on the
-    forks' tokens, each with its own horizon, up to the rounding of the model's own arithmetic.
+    What states begin with alike is read once for all of them, unless they do not fit one slab: then once a slab. Equal to
+    `slow` on the states, each with its own horizon, up to the rounding of the model's own arithmetic.
 
     Args:
-        sampling: its `max_new_tokens` is not read: every fork has its own horizon.
+        states: prefixes, one token long at least.
+        horizons: the most tokens that may follow each.
+        sampling: its `max_new_tokens` is not read.
     """
-    drawn = [Drawn() for _ in range(len(forks) * n)]
-    # Forks of one parent stay together, parents of like length share a slab; each slab is bounded in memory.
-    longest: dict[int, int] = {}
-    for f in forks:
-        longest[f.parent] = max(f.length, longest.get(f.parent, 0))
-    order = sorted(range(len(forks)), key=lambda i: (longest[forks[i].parent], forks[i].parent, forks[i].length))
+    drawn = [Drawn() for _ in range(len(states) * n)]
+    # States of one tree stay together, trees of like length share a slab; each slab is bounded in memory.
+    trees = [(max(len(states[i]) for i in family), family) for family in stems.families(states)]
+    order = [i for _, family in sorted(trees) for i in family]
     start = 0
     while start < len(order):
-        end, (_, length, horizon) = start + 1, forks[order[start]]
+        end, length, horizon = start + 1, len(states[order[start]]), horizons[order[start]]
         while end < len(order):
-            length, horizon = max(length, forks[order[end]].length), max(horizon, forks[order[end]].horizon)
+            length, horizon = max(length, len(states[order[end]])), max(horizon, horizons[order[end]])
             if (end + 1 - start) * n * (length + horizon) > SLAB_TOKENS:
                 break
             end += 1
         part = order[start:end]
         rows = [i * n + j for i in part for j in range(n)]
         _decode_part(
-            policy, parents, [forks[i] for i in part], n, uniform[rows], sampling, [drawn[r] for r in rows], advance
+            policy,
+            [states[i] for i in part],
+            [horizons[i] for i in part],
+            n,
+            uniform[rows],
+            sampling,
+            [drawn[r] for r in rows],
+            advance,
         )
         start = end
     return drawn
@@ -293,8 +296,8 @@ def fork(
 
 def _decode_part(
     policy: Policy,
-    parents: Sequence[Sequence[int]],
-    forks: Sequence[Fork],
+    states: Sequence[Sequence[int]],
+    horizons: Sequence[int],
     n: int,
     uniform: Tensor,
     sampling: Sampling,
@@ -302,14 +305,15 @@ def _decode_part(
     advance: Callable[[int], None] | None,
 ) -> None:
     device, slab = policy.device, _slab_for(policy)
-    source = torch.arange(len(forks), device=device).repeat_interleave(n)
-    limit = torch.tensor([f.horizon for f in forks], device=device)[source]
+    source = torch.arange(len(states), device=device).repeat_interleave(n)
+    limit = torch.tensor(horizons, device=device)[source]
     eos = torch.tensor(policy.eos_ids, device=device)
     with _slab_attention(policy, slab):
-        last, lengths = _read(policy, parents, forks, source, int(limit.max()), slab)
+        last, forest = _read(policy, states, slab)
+        slab.spread(forest, source, int(forest.length.max()) + int(limit.max()))
         logits = policy.project(last)[source].float()
         position, live = (
-            lengths[source],
+            forest.length[source],
             torch.arange(len(drawn), device=device),
         )  # live: which row of `drawn` each slab row is
         done = torch.zeros(len(drawn), dtype=torch.bool, device=device)
@@ -390,6 +394,7 @@ def agrees(policy: Policy) -> bool:
         return False
     size = int(policy.model.config.vocab_size)
     prefixes = [[(7 * i + 3 * j + 1) % size for i in range(length)] for j, length in enumerate((5, 8, 3))]
+    prefixes.append([*prefixes[1][:6], 1, 2])  # most of another one: both are read as a tree
     following = [[(11 * j + 5 * t + 2) % size for t in range(3)] for j in range(len(prefixes))]
     tolerance = 1e-3 if policy.backbone.compute == torch.float32 else 5e-2
     try:
@@ -397,10 +402,10 @@ def agrees(policy: Policy) -> bool:
             whole = [policy.model(input_ids=torch.tensor([p + f], device=policy.device), use_cache=False).logits[0].float()
                      for p, f in zip(prefixes, following, strict=True)]  # fmt: skip
             slab, source = _slab_for(policy), torch.arange(len(prefixes), device=policy.device)
-            whole_prefixes = [Fork(i, len(p), len(following[0])) for i, p in enumerate(prefixes)]
             with _slab_attention(policy, slab):
-                last, position = _read(policy, prefixes, whole_prefixes, source, len(following[0]), slab)
-                seen = [policy.project(last).float()]
+                last, forest = _read(policy, prefixes, slab)
+                slab.spread(forest, source, int(forest.length.max()) + len(following[0]))
+                position, seen = forest.length, [policy.project(last).float()]
                 for t in range(len(following[0])):
                     token = torch.tensor([[f[t]] for f in following], device=policy.device)
                     seen.append(policy.project(_step(policy, token, position[:, None], slab)[:, -1]).float())

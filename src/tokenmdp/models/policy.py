@@ -23,7 +23,7 @@ from tokenmdp.functional import kl
 from tokenmdp.models import decode
 from tokenmdp.models.backbone import Backbone
 from tokenmdp.models.decode import Drawn
-from tokenmdp.models.parts import FORWARD_TOKENS, in_parts, micro_batches
+from tokenmdp.models.parts import in_parts
 from tokenmdp.models.sampling import Sampling
 from tokenmdp.types import Batch, Prompt, Read
 
@@ -354,16 +354,15 @@ class Policy:
         """
         if not prompts or not sets or not all(sets):
             raise ValueError(f"{len(prompts)} prompts and {len(sets)} sets of tokens: one of each at least, none empty")
-        # A token stands for the state after the prompt, whose next token is asked for; which one it is changes nothing.
-        n = len(prompts)
-        batch = Batch.build(prompts, [sets[0][:1]] * n, texts=[""] * n, ended=[False] * n, pad=self.eos_ids[0])
-        batch = batch.to(self.device)
-        out = torch.zeros(len(sets), n)
-        for rows in micro_batches(batch.cost, FORWARD_TOKENS):
-            with self.backbone.converted():
-                p = torch.cat([piece for _, piece in self._action_logits(batch.select(rows))]).softmax(-1).float().cpu()
-            out[:, rows.cpu()] = torch.stack([p[:, list(ids)].sum(1) for ids in sets])
-        return out
+        prefixes = [p.ids for p in prompts]
+        with torch.inference_mode(), self.backbone.autocast(), self.backbone.converted():
+            if self.engine() is decode.fast:
+                logits = decode.ahead(self, prefixes)
+            else:
+                asked = (torch.tensor([ids], device=self.device) for ids in prefixes)
+                logits = torch.cat([self.model(input_ids=ids, use_cache=False).logits[:, -1].float() for ids in asked])
+            p = logits.softmax(-1).cpu()
+        return torch.stack([p[:, list(ids)].sum(1) for ids in sets]).clone()
 
     def _action_logits(self, batch: Batch) -> Iterator[tuple[slice, Tensor]]:
         """Float32 (or wider) logits of the states in which actions were taken, a slice of action positions at a time.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Int
@@ -42,6 +43,20 @@ class Branches:
     def drawn(self) -> int:
         """Tokens that were sampled: what the futures cost."""
         return int((self.batch.length - self.at).sum())
+
+
+class Fork(NamedTuple):
+    """A state to draw from: the first tokens of a row.
+
+    Attributes:
+        parent: which row.
+        length: how many of its tokens are kept, at least 1.
+        horizon: the most tokens that may follow.
+    """
+
+    parent: int
+    length: int
+    horizon: int
 
 
 def branch(
@@ -77,18 +92,19 @@ def branch(
     forks = [_fork(policy, batch, b, t, sampling) for b, positions in enumerate(at) for t in positions]
     if not forks:
         raise ValueError("there is no position to branch from: every list in `at` is empty")
-    parents = [row[:length] for row, length in zip(batch.tokens.tolist(), batch.length.tolist(), strict=True)]
+    tokens = batch.tokens.tolist()
+    states = [tokens[f.parent][: f.length] for f in forks]
     longest = max(f.horizon for f in forks)
     uniform = torch.rand((len(forks) * k, longest), generator=rng, dtype=torch.float64).to(policy.device)
     with torch.inference_mode(), policy.backbone.autocast(), policy.backbone.converted():
         if policy.engine() is decode.fast:
-            drawn = decode.fork(policy, parents, forks, k, uniform, sampling, advance)
+            drawn = decode.fork(policy, states, [f.horizon for f in forks], k, uniform, sampling, advance)
         else:
             drawn = []
             for i, f in enumerate(forks):
                 left = replace(sampling, max_new_tokens=f.horizon)
                 own = uniform[i * k : (i + 1) * k]
-                drawn += decode.slow(policy, [parents[f.parent][: f.length]], k, own, left, advance)
+                drawn += decode.slow(policy, [states[i]], k, own, left, advance)
     return _joined(policy, batch, [f for f in forks for _ in range(k)], drawn, k)
 
 
@@ -142,7 +158,7 @@ def overruled(
     return built(range(len(batch)), [])
 
 
-def _fork(policy: Policy, batch: Batch, row: int, t: int, sampling: Sampling) -> decode.Fork:
+def _fork(policy: Policy, batch: Batch, row: int, t: int, sampling: Sampling) -> Fork:
     if not 0 <= t < batch.tokens.shape[1] or not bool(batch.action[row, t]):
         raise ValueError(f"position {t} of row {row} is no action: a future starts where a token was chosen")
     taken = int(batch.action[row, :t].sum())
@@ -153,12 +169,10 @@ def _fork(policy: Policy, batch: Batch, row: int, t: int, sampling: Sampling) ->
             f"{sampling.max_new_tokens} leaves it {left} in a context of {policy.context}: give the horizon the responses "
             "were drawn with"
         )
-    return decode.Fork(row, t, left)
+    return Fork(row, t, left)
 
 
-def _joined(
-    policy: Policy, batch: Batch, forks: Sequence[decode.Fork], drawn: Sequence[decode.Drawn], k: int
-) -> Branches:
+def _joined(policy: Policy, batch: Batch, forks: Sequence[Fork], drawn: Sequence[decode.Drawn], k: int) -> Branches:
     """What was kept and what was drawn as whole responses; row i comes from `forks[i]`, k rows from one state."""
     length = [f.length + len(d.tokens) for f, d in zip(forks, drawn, strict=True)]
     N, L = len(forks), max(length)
