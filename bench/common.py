@@ -11,10 +11,11 @@ import json
 import platform
 import shlex
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -98,14 +99,20 @@ def row(ours: Sequence[float], peer: Sequence[float], unit: str, **more: Any) ->
 
 
 def versions() -> dict[str, str]:
-    """What was measured with."""
-    found = {"python": platform.python_version()}
-    for package in ("tokenmdp", "torch", "transformers"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # a source tree that nobody installed
-            found[package] = "unknown"
+    """What was measured with; of our own code the commit."""
+    found = {"python": platform.python_version(), "tokenmdp": commit()}
+    for package in ("torch", "transformers"):
+        found[package] = version(package)
     return found
+
+
+def commit() -> str:
+    """The commit of this checkout, with `-dirty` where files differ from it; `unknown` outside of one."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def machine() -> dict[str, Any]:

@@ -92,7 +92,7 @@ show.
   itself) repairs a scale and nothing else.
 - **cosine**: of the mean gradient and the truth.
 - **noise**: variance a response, relative to the squared truth, after the mean is scaled to the truth's length along
-  it: with about so many responses a gradient is as large as its error. None where the mean points away.
+  it: average about this many responses, and the gradient is as large as its error. None where the mean points away.
 
 ## Baselines, scale, weights
 
