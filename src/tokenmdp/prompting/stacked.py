@@ -48,7 +48,9 @@ class Stacked:
         names: the prompts that were tried, and their places in `intercept`.
         intercept: [P] b, of a prompt never tried their mean by trials.
         common, own: [K] c and d.
-        held: [Q, P] Υ of the log's queries by members and weights that did not see the query's fold; NaN elsewhere.
+        held: [Q, P] Υ of the log's queries by members that did not see the query's fold, and weights fitted to the other folds'
+            trials; NaN elsewhere. The members whose predictions those weights were fitted to had seen it: a leak of second
+            order, as in all stacking that is not nested.
         fold: [Q] which fold that was; −1 of queries never tried.
     """
 

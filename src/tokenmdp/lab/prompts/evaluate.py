@@ -3,7 +3,8 @@
 1. leaks       which queries repeat others; they stay on one side of every split
 2. prediction  each proxy's accuracy, precision, AUC pooled and within prompts, calibration, beside the retest ceiling
 3. choice      reward of random, best constant (of the training part), each proxy's pick, the pick that abstains, and
-               the oracle, paired by query, with intervals that resample questions
+               the oracle (in hindsight the best, so where answers vary by chance, part of it is luck), paired by query, with
+               intervals that resample questions
 """
 
 from __future__ import annotations
