@@ -558,6 +558,42 @@ def test_resume_on_changed_files_names_each_with_both_hashes(tmp_path: Path) -> 
         assert fit(run.stage("sft", config), 5)["taken"] == 5
 
 
+@pytest.mark.parametrize(
+    "spelled", ["min({0}, {1})", "0.5*{0} + {1}", "log_ratio:{0},{1}", "mean-0.5*variance({1},{0})", "{1}+novelty:{0}"]
+)
+def test_resume_looks_into_folders_and_into_what_a_longer_name_is_made_of(tmp_path: Path, spelled: str) -> None:
+    model, code = tmp_path / "rm", tmp_path / "judge.py"
+    (model / "model").mkdir(parents=True)
+    (model / "model/model.safetensors").write_text("weights")
+    (model / "config.json").write_text(json.dumps({"config": {}, "seed": 0, "stage": "", "files": []}))
+    (model / "metrics.jsonl").write_text("nobody reads this")
+    code.write_text("before")
+    config = {"reward": spelled.format(model, f"{code}:f")}
+    with pytest.raises(InterruptedError), Run.open(tmp_path / "run", config, seed=1) as run:
+        fit(run, 5, broken_at=2)
+    (model / "metrics.jsonl").write_text("else")
+    (model / "model/model.safetensors").write_text("others")
+    code.write_text("after")
+    with pytest.raises(ValueError, match="put them back") as error:
+        Run.open(tmp_path / "run", config, seed=1, resume=True)
+    named = "\n".join(str(error.value).splitlines()[1:])
+    assert str(model / "model/model.safetensors") in named
+    assert str(code) in named
+    assert "metrics" not in named
+
+
+@pytest.mark.parametrize("spelled", ["min({0}, other)", "0.5*{0} + 1", "log_ratio:other,{0}"])
+def test_overwriting_leaves_a_model_that_a_longer_name_is_made_of(tmp_path: Path, spelled: str) -> None:
+    with Run.open(tmp_path / "run", {}, seed=1) as run:
+        (tmp_path / "run/model").mkdir()
+        (tmp_path / "run/model/config.json").write_text("{}")
+        run.finish(fit(run, 1))
+    kept = written(tmp_path / "run")
+    with pytest.raises(ValueError, match="which --overwrite would take away"):
+        Run.open(tmp_path / "run", {"reward": spelled.format(tmp_path / "run")}, seed=1, overwrite=True)
+    assert written(tmp_path / "run") == kept
+
+
 def test_a_run_from_before_files_were_hashed_goes_on(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("before")
     config = {"data": str(tmp_path / "a.jsonl")}

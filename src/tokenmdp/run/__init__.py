@@ -238,7 +238,7 @@ class Run:
         seed_the_global_streams(self.seed, self._name)
         if old is None:
             if self._parent is None:  # a run answers for its stages: their files are among those it names
-                new["inputs"] = hashes(named_paths(self.config))
+                new["inputs"] = hashes(named_paths(self.config), but=self.folder)
             write(self.folder / "config.json", to_json(new, finite=False))
             return
         if wrong := _differences({**old["config"], "seed": old["seed"]}, {**self.config, "seed": self.seed}):

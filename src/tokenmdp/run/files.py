@@ -106,22 +106,39 @@ def header_fault(folder: Path) -> str:
     return ""
 
 
+_PARTS = re.compile(r"[,()+*:]")  # what rewards, credits and tasks are put together with
+_READ = (".safetensors", ".json", ".jsonl", ".csv", ".parquet", ".gz", ".jinja", ".model", ".txt", ".gguf")
+
+
 def named_paths(value: Any) -> Iterator[str]:
-    """The files and folders that a config names and that are there: `a.jsonl`, `folder`, the file of `a.py:function`."""
+    """The files and folders that a config names and that are there: `a.jsonl`, `folder`, and those that a longer name is
+    made of: `a.py:function`, `min(one, two)`, `0.5*one + two`, `log_ratio:one,two`.
+    """
     if isinstance(value, str):
-        file, function, _ = value.rpartition(".py:")
-        for name in (value, file + ".py") if function else (value,):
-            if os.path.exists(os.path.expanduser(name)):
+        for name in dict.fromkeys((value, *(part.strip() for part in _PARTS.split(value)))):
+            if name.strip("./~ ") and os.path.exists(os.path.expanduser(name)):
                 yield name
     elif isinstance(value, Mapping | list):
         for inner in value.values() if isinstance(value, Mapping) else value:
             yield from named_paths(inner)
 
 
-def hashes(names: Iterable[str]) -> dict[str, str]:
-    """The SHA-256 of each that is a regular file."""
-    paths = {name: Path(name).expanduser() for name in sorted(set(names))}
-    return {name: sha256(path) for name, path in paths.items() if path.is_file()}
+def hashes(names: Iterable[str], but: Path | None = None) -> dict[str, str]:
+    """The SHA-256 of each that is a regular file, and of what is read of one that is a folder: the model of a run's, else
+    weights, data and settings in it.
+
+    Args:
+        but: a folder that is passed over, for what is in it changes.
+    """
+    found: dict[str, str] = {}
+    for name in sorted(set(names)):
+        path = Path(name).expanduser()
+        run = path.is_dir() and read_header(path) is not None
+        inside = sorted((path / "model" if run else path).glob("*")) if path.is_dir() else []
+        for file in [path, *(file for file in inside if file.name.endswith(_READ))]:
+            if file.is_file() and not (but is not None and file.resolve().is_relative_to(but.resolve())):
+                found[name if file == path else str(file)] = sha256(file)
+    return found
 
 
 def belongings(folder: Path, header: Mapping[str, Any]) -> list[Path]:
