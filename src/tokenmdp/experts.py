@@ -192,7 +192,7 @@ def affordable(batch: Batch, ledger: Ledger) -> Batch:
     return replace(batch, action=batch.action & (order <= left))
 
 
-class ExpertFailure(RuntimeError):
+class ExpertFailure(ValueError):
     """An expert failed or kept silent too often."""
 
 

@@ -21,7 +21,7 @@ def row(prompt: str, chosen: str, rejected: str, **more: Any) -> dict[str, Any]:
 def test_what_is_left_out_is_counted() -> None:
     rows = [
         row("w1 w2", " w3", " w4", margin=2.0),
-        row("w1  W2".lower(), " w3", " w4"),  # the first again, but for a space
+        row("w1 w2", " w3", " w4"),  # the first again
         row("w1 w2", " w4", " w3"),  # and the other way round
         row("w1 w2", " w5", " w5"),
         row("w1 w2", "", " w5"),
@@ -30,7 +30,8 @@ def test_what_is_left_out_is_counted() -> None:
     ]
     found = preference_file.read(rows, POLICY)
     assert found.counts == {
-        "rows": 7, "pairs": 4, "unreadable": 2, "equal_sides": 1, "duplicates": 1, "contradicted": 1,
+        "rows": 7, "pairs": 4, "unreadable": 2, "equal_sides": 1, "cut": 0, "cut_alike": 0,
+        "duplicates": 1, "contradicted": 1,
     }  # fmt: skip
     assert found.row == (0, 2, 6, 6)
     assert [p.row for p in found.pairs.chosen.prompts] == [0, 2, 6, 6]
@@ -66,14 +67,30 @@ def test_what_training_has_seen_is_found_in_other_columns_too() -> None:
     ]
     trained: list[dict[str, Any]] = [
         {"chosen": talk + " w4", "rejected": talk + " w3"},  # the first, turned round, as a transcript
-        {"text": "no pair"},
+        {"label": "no text"},
     ]
     pairs, openings, unreadable = preference_file.overlap(said, trained)
     assert pairs == [True, False, False]
     assert openings == [True, True, False]
     assert unreadable == 1
+    shown = [{"prompt": "W1", "completion": "w2 w4"}, {"text": "w9  w3"}]
+    assert preference_file.overlap(said, shown) == ([True, False, True], [False, False, False], 0)
+    assert preference_file.overlap(said, [{"label": 1}])[2] == 1
     chats = [formats.chat(p) for p in said]
     assert preference_file.overlap(chats, trained)[:2] == (pairs, openings)
+
+
+def test_capitals_and_indentation_may_be_all_that_is_compared() -> None:
+    rows = [row("w1", "  w2", " w2"), row("w1", " W2", " w2")]
+    assert preference_file.read(rows, POLICY).counts["equal_sides"] == 0
+
+
+def test_what_the_cut_makes_alike_is_not_called_equal() -> None:
+    rows = [row("w1", " w2 w3 w4", " w2 w3 w5"), row("w1", " w2", " w3")]
+    counts = preference_file.read(rows, POLICY, max_tokens=2).counts
+    assert (counts["pairs"], counts["cut"], counts["cut_alike"], counts["equal_sides"]) == (1, 2, 1, 0)
+    with pytest.raises(ValueError, match=r"0 pairs have two equal sides, 1 more up to max_tokens=2"):
+        preference_file.read(rows[:1], POLICY, max_tokens=2)
 
 
 def test_rewardbench_is_told_by_its_columns() -> None:

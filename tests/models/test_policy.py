@@ -431,3 +431,11 @@ def test_long_rope_keeps_rows_below_the_length_where_their_neighbours_would_chan
     assert policy.context == 16
     with pytest.raises(ValueError, match="exceeds the context"):
         policy.sample([prompt(*range(1, 13))], 1, Sampling(max_new_tokens=8), torch.Generator())
+
+
+def test_a_model_that_says_nan_is_named() -> None:
+    policy = tiny("llama")
+    with torch.no_grad():
+        next(policy.model.parameters()).fill_(float("nan"))
+    with pytest.raises(ValueError, match="gives NaN for every text: its weights are damaged or diverged"):
+        policy.evaluate(ragged())

@@ -219,3 +219,16 @@ def test_a_text_is_put_to_a_chat_model_as_a_users_message() -> None:
 )
 def test_the_first_turn_of_a_conversation(content: formats.Content, want: str) -> None:
     assert formats.first_turn(content) == want
+
+
+def test_a_transcript_that_goes_on_after_the_reply_compared_is_refused() -> None:
+    start = "\n\nHuman: a\n\nAssistant:"
+    later = {"chosen": start + " b\n\nHuman: c\n\nAssistant: d", "rejected": start + " e"}
+    with pytest.raises(ValueError, match=r"row 3: chosen goes on with another .*what humans said is no response"):
+        formats.preference(later, 3)
+
+
+@pytest.mark.parametrize("value", [1e39, -1e300])
+def test_a_reward_beyond_float32_names_its_row(value: float) -> None:
+    with pytest.raises(ValueError, match=r"row 2: reward is .*at most 3.4e\+38"):
+        formats.logged({"prompt": "a", "completion": "b", "reward": value}, 2)

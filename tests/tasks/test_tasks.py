@@ -139,3 +139,13 @@ def test_the_exact_answer_verifier() -> None:
     score = ExactAnswer()(said(prompts, ["4", " 4\n", "44", "", "4"]))
     assert score.value.tolist() == [1, 1, 0, 0, 0]
     assert score.verdict.tolist() == [True, True, True, True, False], "without an answer there is no verdict, and no 0"
+
+
+def test_answers_in_a_file_of_prompts_are_demonstrations_of_those_learned_on(policy: Policy, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i}+1=", "completion": str(i + 1)} for i in range(10)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = tasks.load(str(tmp_path / "a.jsonl"), policy)
+    assert task.demonstrations is not None
+    assert [p.text for p in task.demonstrations.prompts] == [p.text for p in task.train]
+    (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"prompt": r["prompt"]}) for r in rows))
+    assert tasks.load(str(tmp_path / "b.jsonl"), policy).demonstrations is None

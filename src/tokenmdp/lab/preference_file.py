@@ -16,6 +16,7 @@ from tokenmdp.tasks import data, formats
 from tokenmdp.tasks.formats import ASKED, TURN, Content, Preference
 from tokenmdp.types import Batch, Pairs
 
+Exact = str | tuple[tuple[str, str], ...]
 FAULTS = 5  # reasons kept
 
 
@@ -59,8 +60,10 @@ def read(
     at: list[int] = []
     built: list[Pairs] = []
     faults: list[str] = []
-    seen: set[tuple[str, str, str]] = set()
-    counts = dict.fromkeys(("rows", "pairs", "unreadable", "equal_sides", "duplicates", "contradicted"), 0)
+    seen: set[tuple[Exact, Exact, Exact]] = set()
+    counts = dict.fromkeys(
+        ("rows", "pairs", "unreadable", "equal_sides", "cut", "cut_alike", "duplicates", "contradicted"), 0
+    )
     for index, row in enumerate(rows):
         try:
             found = [formats.chat(p) if chat else p for p in formats.comparisons(row, index)]
@@ -70,9 +73,12 @@ def read(
             faults.append(str(fault))
             continue
         for preference, pair in zip(found, tokens, strict=True):
-            question, better, worse = (_flat(x) for x in (preference.prompt, preference.chosen, preference.rejected))
+            question, better, worse = (_exact(x) for x in (preference.prompt, preference.chosen, preference.rejected))
+            counts["cut"] += int((~pair.chosen.ended).sum() + (~pair.rejected.ended).sum())
             if better == worse:
                 counts["equal_sides"] += 1
+            elif _said(pair.chosen) == _said(pair.rejected):
+                counts["cut_alike"] += 1
             elif (question, better, worse) in seen:
                 counts["duplicates"] += 1
             else:
@@ -86,7 +92,7 @@ def read(
         why = f"; the first: {faults[0]}" if faults else ""
         raise ValueError(
             f"none of the {len(rows)} rows has a pair to judge: {counts['unreadable']} could not be read and "
-            f"{counts['equal_sides']} pairs have two equal sides{why}"
+            f"{counts['equal_sides']} pairs have two equal sides, {counts['cut_alike']} more up to max_tokens={max_tokens}{why}"
         )
     margin = [p.margin for p in built]
     pairs = Pairs(
@@ -105,21 +111,30 @@ def overlap(said: Sequence[Preference], trained: Sequence[Mapping[str, Any]]) ->
         trained: the rows of the training file.
 
     Returns:
-        For each preference whether the same two responses to the same prompt were trained on, in either order; whether the
-        same first turn was; and how many rows of the training file could not be read.
+        For each preference whether its two responses were trained on, as a pair in either order or one of them as a
+        demonstration; whether the same first turn was; and how many rows of the training file could not be read.
     """
     pairs: set[tuple[str, frozenset[str]]] = set()
+    shown: set[str] = set()
     openings: set[str] = set()
     unreadable = 0
     for index, row in enumerate(trained):
         try:
-            found = formats.comparisons(row, index)
+            if {"chosen", "rejected"} <= row.keys():
+                found = formats.comparisons(row, index)
+                pairs |= {_pair(p) for p in found}
+                openings |= {formats.first_turn(p.prompt) for p in found}
+            else:
+                one = formats.demonstration(row, index)
+                shown.add(_whole(one.prompt or "", one.completion))
+                openings |= set() if one.prompt is None else {formats.first_turn(one.prompt)}
         except ValueError:
             unreadable += 1
-            continue
-        pairs |= {_pair(p) for p in found}
-        openings |= {formats.first_turn(p.prompt) for p in found}
-    return [_pair(p) in pairs for p in said], [formats.first_turn(p.prompt) in openings for p in said], unreadable
+
+    def seen(p: Preference) -> bool:
+        return _pair(p) in pairs or not shown.isdisjoint(_whole(p.prompt, side) for side in (p.chosen, p.rejected))
+
+    return [seen(p) for p in said], [formats.first_turn(p.prompt) in openings for p in said], unreadable
 
 
 def looks_like_rewardbench(rows: Sequence[Mapping[str, Any]]) -> bool:
@@ -143,6 +158,20 @@ def _tokens(found: Preference, index: int, policy: Policy, max_tokens: int | Non
 
 def _pair(found: Preference) -> tuple[str, frozenset[str]]:
     return _flat(found.prompt), frozenset((_flat(found.chosen), _flat(found.rejected)))
+
+
+def _whole(prompt: Content, answer: Content) -> str:
+    """A prompt with an answer to it, as one text without any space: some files have it on this side, some on that."""
+    return (_flat(prompt) + _flat(answer)).replace(" ", "")
+
+
+def _exact(content: Content) -> Exact:
+    """What was said, to the letter: capitals and indentation can be all that a comparison is about."""
+    return content if isinstance(content, str) else tuple((m["role"], m["content"]) for m in content)
+
+
+def _said(batch: Batch) -> list[int]:
+    return [int(token) for token in batch.tokens[batch.action]]
 
 
 def _flat(content: Content) -> str:

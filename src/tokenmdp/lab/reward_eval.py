@@ -38,6 +38,7 @@ from tokenmdp.models.sampling import Sampling
 from tokenmdp.rewards import embedding_reward
 from tokenmdp.rewards.ensemble import Normalised
 from tokenmdp.run import Run
+from tokenmdp.run.files import named_paths
 from tokenmdp.stats import Array
 from tokenmdp.tasks import files
 from tokenmdp.types import Batch, Prompt, Reward
@@ -97,14 +98,16 @@ def reader(cfg: Config) -> Policy:
     """The policy, or whoever else can give the reward its tokens."""
     if cfg.policy:
         return catalog.load(cfg.policy).freeze()
-    folder = catalog.model_folder(cfg.reward)
-    for place in (folder, folder / "model"):
-        if (file := place / embedding_reward.FILE).is_file():
-            made = json.loads(file.read_text(encoding="utf-8"))["embedding"]
-            if made["kind"] == "own":  # it reads the tokens of the body it was fitted on
-                return catalog.load(made["source"]).freeze()
-    whole = all((folder / name).is_file() for name in ("config.json", "tokenizer_config.json"))
-    return Reader.of(folder) if whole else catalog.load(READER).freeze()
+    for name in named_paths(cfg.reward):  # of an ensemble or a mixture the first member with tokens of its own
+        folder = catalog.model_folder(name)
+        for place in (folder, folder / "model"):
+            if (file := place / embedding_reward.FILE).is_file():
+                made = json.loads(file.read_text(encoding="utf-8"))["embedding"]
+                if made["kind"] == "own":  # it reads the tokens of the body it was fitted on
+                    return catalog.load(made["source"]).freeze()
+        if all((folder / part).is_file() for part in ("config.json", "tokenizer_config.json")):
+            return Reader.of(folder)
+    return catalog.load(READER).freeze()
 
 
 # ------------------------------------------------------------ pairs
@@ -176,6 +179,7 @@ def shared(compared: Compared, table: Scored, trained: Sequence[Mapping[str, Any
     return {
         "pairs": sum(pairs),
         "openings": sum(openings),
+        "rows": len(trained),
         "unreadable": unreadable,
         "accuracy_without": pair_figures.rate(pair_figures.right(table.chosen[fresh] - table.rejected[fresh])),
     }

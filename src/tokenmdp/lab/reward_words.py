@@ -71,6 +71,9 @@ def _accuracy(pairs: Mapping[str, Any]) -> Iterator[str]:
         yield f"Left out: {parts[0]}, {left.get('equal_sides', 0)} pairs with two equal sides, {parts[1]}."
         if pairs.get("faults"):
             yield f"The first row that could not be read: {pairs['faults'][0]}"
+    if pairs["data"]["cut"]:
+        alike = pairs["data"]["cut_alike"]
+        yield f"{pairs['data']['cut']} responses were cut at max_tokens; {alike} pairs are alike up to there and left out."
     if ties:
         yield f"{ties} ties count one half each."
 
@@ -82,6 +85,11 @@ def _leaks(pairs: Mapping[str, Any]) -> Iterator[str]:
         yield f"{against} of the data's pairs contradict another one; both count."
     if "trained_on" in pairs:
         seen = pairs["trained_on"]
+        if seen["unreadable"] == seen["rows"]:
+            yield f"None of the training file's {seen['rows']} rows could be read: whether training has seen these pairs is not known."
+            return
+        if seen["unreadable"]:
+            yield f"{seen['unreadable']} of the training file's {seen['rows']} rows could not be read, and may hold more of these pairs."
         if seen["pairs"] or seen["openings"]:
             yield (
                 f"Training has seen {seen['pairs']} of these pairs and the opening of {seen['openings']}; on the "

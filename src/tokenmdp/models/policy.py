@@ -405,6 +405,10 @@ class Policy:
         probe = torch.arange(1, 7, device=self.device)[None] % self.model.config.vocab_size
         with self.backbone.autocast():
             whole = self.model(input_ids=probe, use_cache=False).logits[0].float()
+        if bool(whole.isnan().any()):
+            raise ValueError(
+                f"{self.name} gives NaN for every text: its weights are damaged or diverged, take another checkpoint"
+            )
         ours = self.project(self.backbone.hidden(probe)[0]).float()
         return bool(torch.allclose(ours, whole, rtol=1e-3, atol=1e-3 * float(whole.abs().max())))
 

@@ -137,8 +137,10 @@ def distinct(pairs: Pairs) -> tuple[Pairs, int]:
     sides = zip(_responses(pairs.chosen), _responses(pairs.rejected), strict=True)
     differ = [i for i, (chosen, rejected) in enumerate(sides) if chosen != rejected]
     if not differ:
+        cut = int((~pairs.chosen.ended & ~pairs.rejected.ended).sum())
+        why = f" ({cut} of them were cut at max_tokens on both sides, and may differ after it)" if cut else ""
         raise ValueError(
-            f"in all {len(pairs)} pairs chosen and rejected are the same response: there is no preference to learn from"
+            f"in all {len(pairs)} pairs chosen and rejected are the same response{why}: there is no preference to learn from"
         )
     return pairs.select(differ), len(pairs) - len(differ)
 

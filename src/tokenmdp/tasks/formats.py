@@ -27,6 +27,7 @@ Content = str | list[Message]
 
 TURN = "\n\nAssistant:"  # what opens a reply in an hh-rlhf transcript
 ASKED = "\n\nHuman:"  # what opens a human's turn there
+_LARGEST = 3.4e38  # what float32 holds
 _TRUE, _FALSE = {"true", "1", "1.0", "yes"}, {"false", "0", "0.0", "no"}
 
 
@@ -272,6 +273,12 @@ def _transcripts(chosen: str, rejected: str, index: int) -> tuple[str, str, str]
             "unknown: add a prompt column"
         )
     end = at + len(TURN)
+    for side, text in (("chosen", chosen), ("rejected", rejected)):
+        if ASKED in text[end:]:
+            raise ValueError(
+                f"row {index}: {side} goes on with another {ASKED!r} after the reply in which the two first differ: what "
+                "humans said is no response; cut both after that reply"
+            )
     return chosen[:end], chosen[end:], rejected[end:]
 
 
@@ -290,8 +297,10 @@ def _number(value: Any, column: str, index: int) -> float:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(f"row {index}: {column} is {value!r}; it must be a finite number of reward units")
+    if not abs(number) <= _LARGEST:  # NaN too
+        raise ValueError(
+            f"row {index}: {column} is {value!r}; it must be a finite number of reward units, at most {_LARGEST:.3g} either way"
+        )
     return number
 
 

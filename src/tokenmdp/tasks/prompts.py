@@ -1,13 +1,16 @@
-"""Prompts from a user's file or hub data set, some of them held out."""
+"""Prompts from a user's file or hub data set, some of them held out; where all rows have answers, these are demonstrations."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from tokenmdp.models.policy import Policy
 from tokenmdp.tasks import Task, data, files
+from tokenmdp.types import Batch
 
 
 def load(policy: Policy, source: str | Path, split: str = "train", held_out: float = 0.1, seed: int = 0) -> Task:
@@ -23,7 +26,8 @@ def load(policy: Policy, source: str | Path, split: str = "train", held_out: flo
     """
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out is {held_out}; it is a share, at least 0 and below 1")
-    found = data.prompts(files.rows(source, split), policy)
+    rows = files.rows(source, split)
+    found = data.prompts(rows, policy)
     distinct = list(dict.fromkeys(p.ids for p in found))
     count = min(round(held_out * len(distinct)), len(distinct) - 1)
     order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -32,4 +36,15 @@ def load(policy: Policy, source: str | Path, split: str = "train", held_out: flo
         name=Path(source).name,
         train=tuple(p for p in found if p.ids not in kept),
         held_out=tuple(p for p in found if p.ids in kept),
+        demonstrations=_demonstrations([row for row, p in zip(rows, found, strict=True) if p.ids not in kept], policy),
     )
+
+
+def _demonstrations(rows: Sequence[Mapping[str, Any]], policy: Policy) -> Batch | None:
+    """What the rows that are learned on show, if they all do; a reward's `answer` is none, and needs none."""
+    if not all({"prompt", "completion"} <= row.keys() or "messages" in row for row in rows):
+        return None
+    try:
+        return data.demonstrations(rows, policy)
+    except ValueError:  # chats that end with a question, say: prompts all the same
+        return None
