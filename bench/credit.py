@@ -219,8 +219,10 @@ def errors(world: World, size: Size, bar: Progress) -> dict[str, Any]:
             continue
         scheme = assign.load(spec, reward, world.start, SAMPLING)
         own = spec.startswith(OWN_BASELINE)
-        outcome = score.value if own else returns.leave_one_out(score.value, b.group)
-        given = scheme(b, score, outcome, world.start, torch.Generator().manual_seed(2))[first, : action.shape[1]]
+        baseline = 0.0 if own else score.value - returns.leave_one_out(score.value, b.group)
+        paid = scheme.paid(b, score)
+        reward_t = scheme(b, paid, paid.value - baseline, world.start, torch.Generator().manual_seed(2))
+        given = reward_t[first, : action.shape[1]]
         implied = won[:, None] - returns.discounted(given, action)
         found[name] = {
             "advantage": _per_response((given - advantage).square(), action),

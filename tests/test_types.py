@@ -160,3 +160,13 @@ def test_a_score_is_finite_and_has_one_verdict_a_row() -> None:
         Score(torch.tensor([math.nan]), torch.tensor([True]))
     with pytest.raises(ValueError, match=r"\(2,\) values and \(3,\) verdicts"):
         Score(torch.zeros(2), torch.ones(3, dtype=torch.bool))
+
+
+@pytest.mark.usefixtures("unhooked")
+def test_token_rewards_add_up_to_the_score_and_what_is_said_of_steps_need_not() -> None:
+    yes = torch.tensor([True, True])
+    parts = torch.tensor([[0.0, 0.9, 0.95], [0.0, 1e6, 0.8 - 1e6]])
+    assert Score(torch.tensor([1.85, 0.8]), yes, parts).token is parts, "of large parts the rounding is large"
+    with pytest.raises(ValueError, match=r"row 0 add up to 1\.85 and its value is 0\.9: .* belongs in `steps`"):
+        Score(torch.tensor([0.9, 0.8]), yes, parts)
+    assert Score(torch.tensor([0.9, 0.8]), yes, steps=parts).token is None

@@ -275,9 +275,11 @@ class Score:
         value: [B] the outcome of each response, in reward units; 0 where there is no verdict.
         verdict: [B] False where the reward gave no verdict (None, NaN, an exception, a time-out). A missing score is
             never taken for 0: rows without a verdict get weight 0 and are counted.
-        token: [B, L] per-token rewards where the reward gives them (their sum need not be `value`), else None.
+        token: [B, L] which token earned what of `value`, where the reward says so; their sum is `value`. Else None.
         parts: where several rewards were mixed, what each of them said, by its name.
         reasons: why a row has no verdict, by the row's number, where the reward knows.
+        steps: [B, L] what a process reward says of each step, at the step's last token, else None: a second signal, which
+            need not add up to `value` and is paid only where that is asked for (`credit=process`).
     """
 
     value: Float[Tensor, "B"]
@@ -285,6 +287,7 @@ class Score:
     token: Float[Tensor, "B L"] | None = None
     parts: Mapping[str, Score] = field(default_factory=dict)
     reasons: Mapping[int, str] = field(default_factory=dict)
+    steps: Float[Tensor, "B L"] | None = None
 
     def __post_init__(self) -> None:
         if self.value.shape != self.verdict.shape:
@@ -293,6 +296,20 @@ class Score:
             )
         if not bool(torch.isfinite(self.value).all()):
             raise ValueError("a score is not finite: mark its row as without a verdict and give it the value 0")
+        if self.token is not None:
+            self._adds_up(self.token)
+
+    def _adds_up(self, token: Tensor) -> None:
+        """Refuse token rewards that are no parts of the value: a row would be paid another sum than its score."""
+        total = token.double().sum(-1)
+        # Rounding is in proportion to the parts, which may be far larger than what they add up to.
+        wrong = (total - self.value.double()).abs() > 1e-3 * (1 + token.double().abs().sum(-1))
+        if bool(wrong.any()):
+            row = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"the token rewards of row {row} add up to {float(total[row]):g} and its value is {float(self.value[row]):g}: "
+                "token rewards share the value out; what is said of steps besides belongs in `steps`"
+            )
 
     def at(self, row: int) -> float | None:
         """The score of a row; None where there is no verdict, which is no 0."""
@@ -314,12 +331,14 @@ class Score:
             None if self.token is None else self.token[index],
             {name: part.select(index) for name, part in self.parts.items()},
             {where[row]: reason for row, reason in self.reasons.items() if row in where},
+            None if self.steps is None else self.steps[index],
         )
 
     @staticmethod
     def concat(scores: Sequence[Score]) -> Score:
         """What one reward said of several batches, as of `Batch.concat` of them."""
         tokens = [s.token for s in scores if s.token is not None]
+        steps = [s.steps for s in scores if s.steps is not None]
         reasons: dict[int, str] = {}
         before = 0
         for s in scores:
@@ -331,6 +350,7 @@ class Score:
             stacked(tokens) if len(tokens) == len(scores) else None,
             {name: Score.concat([s.parts[name] for s in scores]) for name in scores[0].parts},
             reasons,
+            stacked(steps) if len(steps) == len(scores) else None,
         )
 
 

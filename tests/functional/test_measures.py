@@ -42,14 +42,19 @@ def test_a_critic_without_rows_explains_nothing() -> None:
 
 
 def test_scores_are_cut_and_stacked_with_what_they_carry() -> None:
-    a = Score(torch.tensor([1.0, 0.0]), torch.tensor([True, False]), torch.ones(2, 3), reasons={1: "late"})
-    b = Score(torch.tensor([5.0]), torch.tensor([True]), torch.ones(1, 4))
+    token = torch.tensor([[0.25, 0.75, 0.0], [0.0, 0.0, 0.0]])
+    a = Score(torch.tensor([1.0, 0.0]), torch.tensor([True, False]), token, {}, {1: "late"}, 2 * token)
+    b = Score(torch.tensor([5.0]), torch.tensor([True]), torch.full((1, 4), 1.25), steps=torch.ones(1, 4))
     whole = Score.concat([b, a])
     assert whole.value.tolist() == [5.0, 1.0, 0.0]
     assert dict(whole.reasons) == {2: "late"}
     assert whole.token is not None
-    assert whole.token.shape == (3, 4)
+    assert whole.steps is not None
+    assert whole.token.tolist() == [[1.25] * 4, [0.25, 0.75, 0.0, 0.0], [0.0] * 4]
+    assert whole.steps.tolist() == [[1.0] * 4, [0.5, 1.5, 0.0, 0.0], [0.0] * 4]
     picked = whole.select([2, 0])
     assert picked.verdict.tolist() == [False, True]
     assert dict(picked.reasons) == {0: "late"}
     assert picked.value.tolist() == pytest.approx([0.0, 5.0])
+    assert picked.steps is not None
+    assert picked.steps.tolist() == [[0.0] * 4, [1.0] * 4]

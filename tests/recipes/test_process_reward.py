@@ -60,9 +60,9 @@ def test_its_scores_are_those_of_its_steps(both: dict[str, Learned]) -> None:
     model = both["process"][0]
     b, label, mask = in_steps(100, seed=9)
     score = model(b)
-    assert score.token is not None
-    assert torch.equal(score.token > 0, mask), "it finds the ends of steps by itself"
-    assert float(((score.token > 0.5) == (label > 0.5))[mask].float().mean()) > 0.95
+    assert score.steps is not None
+    assert torch.equal(score.steps > 0, mask), "it finds the ends of steps by itself"
+    assert float(((score.steps > 0.5) == (label > 0.5))[mask].float().mean()) > 0.95
     clean = (label == mask).all(dim=1)
     assert float(((score.value > 0.5) == clean).float().mean()) > 0.9, "the weakest step is the response's score"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,15 @@ import pytest
 import torch
 
 from tiny_models import EOS, batch, prompt, ragged, tiny, tokenizer
-from tokenmdp.functional import credit
+from tokenmdp.functional import credit, returns
 from tokenmdp.models import tree
 from tokenmdp.models.policy import Policy
 from tokenmdp.models.sampling import Sampling
 from tokenmdp.rewards import assign, attention, steps
-from tokenmdp.rewards.assign import Branch
+from tokenmdp.rewards.assign import Branch, Shaped
 from tokenmdp.rewards.attention import attention_of
 from tokenmdp.rewards.function import FunctionReward
+from tokenmdp.rewards.mixture import Mixture
 from tokenmdp.rewards.reward_model import RewardModel
 from tokenmdp.rewards.step_model import StepRewardModel
 from tokenmdp.types import Batch, Score
@@ -50,12 +52,12 @@ def sampled(policy: Policy) -> Batch:
 
 
 def assigned(spec: str, reward: Any, policy: Policy, b: Batch, outcome: torch.Tensor | None = None) -> torch.Tensor:
-    """Token rewards under a scheme, of the reward's own score unless told otherwise."""
+    """Token rewards under a scheme, of all that rows are paid unless told otherwise."""
     scheme = assign.load(spec, reward, policy, SAMPLING)
     assert scheme.name == spec
-    score = reward(b)
-    given = score.value if outcome is None else outcome
-    return scheme(b, score, given, policy, torch.Generator().manual_seed(1))
+    paid = scheme.paid(b, reward(b))
+    given = paid.value if outcome is None else outcome
+    return scheme(b, paid, given, policy, torch.Generator().manual_seed(1))
 
 
 # -- by name ---------------------------------------------------------------------------------------------------------
@@ -110,23 +112,27 @@ def test_implicit_adds_the_log_ratio_of_the_preferred_policy(policy: Policy, sam
     found = assigned(f"implicit:{tmp_path / 'dpo'}@0.4", reward, policy, sampled)
     with torch.no_grad():
         ratio = preferred.evaluate(sampled)["logp"] - policy.evaluate(sampled)["logp"]
-    last = credit.last(reward(sampled).value, sampled.action)
-    torch.testing.assert_close(found, last + 0.4 * ratio, rtol=1e-4, atol=1e-5)
+    score = reward(sampled)
+    want = credit.last(score.value, sampled.action) + torch.where(score.verdict[:, None], 0.4 * ratio, 0.0)
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
 
 
 def test_process_pays_every_step(policy: Policy, sampled: Batch, tmp_path: Path) -> None:
-    """As the recipe's own reward, whose token rewards come as they are; and lent from a folder, beside a verifier."""
+    """As the recipe's own reward, besides what its steps make of the row; and lent from a folder, beside a verifier."""
     model = StepRewardModel(model_of(policy), delimiter="w3")
     model.save(tmp_path / "prm")
     said = model(sampled)
-    assert said.token is not None
-    torch.testing.assert_close(assigned("process", model, policy, sampled), said.token)
-    penalised = assigned("process", model, policy, sampled, said.value - 1)
-    torch.testing.assert_close(penalised, said.token + credit.last(-torch.ones(len(sampled)), sampled.action))
-    value = verifier()(sampled).value
+    assert said.steps is not None
+    own = assigned("process", model, policy, sampled)
+    torch.testing.assert_close(own, said.steps + credit.last(said.value, sampled.action))
+    given = said.value + said.steps.sum(1) - 1
+    penalised = assigned("process", model, policy, sampled, given)
+    torch.testing.assert_close(penalised, own + credit.last(-torch.ones(len(sampled)), sampled.action))
+    judged = verifier()(sampled)
     found = assigned(f"process:{tmp_path / 'prm'}", verifier(), policy, sampled)
-    torch.testing.assert_close(found, said.token + credit.last(value, sampled.action))
-    with pytest.raises(ValueError, match="this reward gives no token rewards"):
+    steps_ = torch.where(judged.verdict[:, None], said.steps, 0.0)
+    torch.testing.assert_close(found, steps_ + credit.last(judged.value, sampled.action))
+    with pytest.raises(ValueError, match="this reward says nothing of steps or tokens"):
         assigned("process", verifier(), policy, sampled)
 
 
@@ -157,7 +163,7 @@ def test_branching_counts_what_it_draws_and_draws_nothing_for_rows_without_a_ver
     reward = verifier()
     scheme = assign.load("branch:4", reward, policy, SAMPLING)
     score = reward(b)
-    found = scheme(b, score, score.value, policy, torch.Generator().manual_seed(0))
+    found = scheme(b, scheme.paid(b, score), score.value, policy, torch.Generator().manual_seed(0))
     assert found[0].tolist() == [0.0] * b.tokens.shape[1]
     # two states, at most 6 and 5 tokens to the horizon, 4 futures each
     assert 8 <= scheme.drawn <= 4 * (6 + 5)
@@ -179,14 +185,17 @@ def test_branching_between_steps_holds_the_value_inside_a_step(policy: Policy) -
     assert found.tolist() == pytest.approx(want, abs=1e-6)
 
 
+class PerToken:
+    """A reward a token, whose sum is the score: 0.5, and 1.5 for w3."""
+
+    name = "per_token"
+
+    def __call__(self, b: Batch) -> Score:
+        token = torch.where(b.action, 0.5 + (b.tokens == 3), 0.0)
+        return Score(token.sum(1), torch.ones(len(b), dtype=torch.bool), token)
+
+
 def test_a_sum_of_token_rewards_is_shared_out_anew_by_branching(policy: Policy, sampled: Batch) -> None:
-    class PerToken:
-        name = "per_token"
-
-        def __call__(self, b: Batch) -> Score:
-            token = torch.where(b.action, 0.5 + (b.tokens == 3), 0.0)
-            return Score(token.sum(1), torch.ones(len(b), dtype=torch.bool), token)
-
     reward = PerToken()
     found = assigned("branch:2", reward, policy, sampled)
     scheme = assign.load("branch:2", reward, policy, SAMPLING)
@@ -207,6 +216,99 @@ def test_every_scheme_takes_a_score_with_a_baseline_off(policy: Policy, sampled:
         one, two, three = (assigned(spec, reward, policy, sampled, value - c) for c in (0.0, 1.0, 2.0))
         torch.testing.assert_close(one - two, two - three, msg=spec, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close((one - two).sum(1), torch.ones(len(sampled)), msg=spec, rtol=1e-4, atol=1e-5)
+
+
+# -- a process reward: what a row is paid in all ------------------------------------------------------------------------
+
+
+class Steps:
+    """A process reward whose every w4 ends a step that is likely good; the score is the weakest step."""
+
+    name = "steps"
+
+    def __call__(self, b: Batch) -> Score:
+        closing = b.action & (b.tokens == 4)
+        p = torch.where(closing, torch.tensor([0.95, 0.9, 0.8, 0.85, 0.9])[closing.cumsum(1) % 5], 0.0)
+        lowest = torch.where(closing, p, 1.0).amin(1)
+        return Score(lowest, torch.ones(len(b), dtype=torch.bool), steps=p)
+
+
+def with_token_rewards() -> Mixture:
+    return Mixture([(2.0, Steps()), (1.0, PerToken())])
+
+
+@pytest.fixture
+def stepped() -> Batch:
+    """Two prompts, two responses each: of two steps, of five, of three, of one."""
+    texts = [[3, 4, 4], [4, 4, 4, 4, 4, EOS], [4, 5, 4, 3, 4], [6, 7, 4]]
+    b = batch([([1, 2], text) for text in texts[:2]] + [([5], text) for text in texts[2:]])
+    return replace(b, group=torch.tensor([0, 0, 1, 1]))
+
+
+@pytest.mark.parametrize("reward", [Steps(), with_token_rewards()], ids=["steps", "steps and tokens"])
+def test_a_row_is_paid_its_score_whatever_is_said_of_its_steps(
+    reward: Any, policy: Policy, stepped: Batch, tmp_path: Path
+) -> None:
+    """Only `process` pays the steps, once, besides the score: under the others many steps are worth no more than few."""
+    model_of(policy).save(tmp_path / "rm")
+    score = reward(stepped)
+    assert score.steps is not None
+    for spec in ["last", "uniform", f"attention:{tmp_path / 'rm'}", f"attention:{tmp_path / 'rm'}@0.5"]:
+        paid = assigned(spec, reward, policy, stepped).sum(1)
+        torch.testing.assert_close(paid, score.value, msg=f"{spec}: {paid} for {score.value}")
+    shaped = assign.load(f"shaped:{tmp_path / 'rm'}", reward, policy)
+    assert isinstance(shaped, Shaped)
+    with torch.no_grad():
+        potential = shaped.critic.value(shaped.critic.states(stepped), stepped)
+    first = stepped.action.long().argmax(1)[:, None]
+    found = assigned(shaped.name, reward, policy, stepped).sum(1)
+    torch.testing.assert_close(found, score.value - potential.gather(1, first)[:, 0])
+    branching = assign.load("branch:3", reward, policy, SAMPLING)
+    assert isinstance(branching, Branch)
+    value = branching.values(stepped, score.verdict, policy, torch.Generator().manual_seed(1))
+    found = assigned("branch:3", reward, policy, stepped).sum(1)
+    torch.testing.assert_close(found, score.value - value.gather(1, first)[:, 0])
+    found = assigned("process", reward, policy, stepped)
+    torch.testing.assert_close(found.sum(1), score.value + score.steps.sum(1))
+
+
+def test_branching_values_a_future_at_its_score(policy: Policy, stepped: Batch) -> None:
+    """A score lies in [0, 1]; a future's steps would add up to more."""
+
+    class Sure(Steps):
+        def __call__(self, b: Batch) -> Score:
+            return replace(super().__call__(b), steps=torch.where(b.action, 0.9, 0.0))
+
+    scheme = assign.load("branch:2", Sure(), policy, SAMPLING)
+    assert isinstance(scheme, Branch)
+    value = scheme.values(stepped, torch.ones(4, dtype=torch.bool), policy, torch.Generator().manual_seed(0))
+    assert float(value[stepped.action].min()) > 0.7
+    assert float(value.max()) <= 1.0
+
+
+@pytest.mark.parametrize("spec", ["last", "uniform", "process"])
+def test_group_baselines_are_of_what_rows_are_paid(spec: str, policy: Policy, stepped: Batch) -> None:
+    """As in GRPO. By hand for the first prompt: the weakest steps are 0.8 and 0.8, the sums 0.9 + 0.8 and 4.4.
+
+    `last`: both rows 0. `process`: 0.8 + 1.7 and 0.8 + 4.4, so −1.35 and +1.35 at the first token.
+    """
+    reward = Steps()
+    scheme = assign.load(spec, reward, policy)
+    paid = scheme.paid(stepped, reward(stepped))
+    centred = returns.centred(paid.value, stepped.group, paid.verdict)
+    given = scheme(stepped, paid, centred, policy, torch.Generator())
+    advantage = returns.discounted(given, stepped.action)
+    first = advantage.gather(1, stepped.action.long().argmax(1)[:, None])[:, 0]
+    # Second prompt: steps 0.9, 0.8, 0.85 and 0.9; weakest 0.8 and 0.9.
+    want = [-1.35, 1.35, 0.775, -0.775] if spec == "process" else [0.0, 0.0, -0.05, 0.05]
+    assert first.tolist() == pytest.approx(want, abs=1e-6)
+    torch.testing.assert_close(first.view(2, 2).sum(1), torch.zeros(2))
+
+
+def test_the_score_of_a_reward_that_scores_tokens_is_its_tokens(policy: Policy, stepped: Batch) -> None:
+    """They are no second signal: `process` pays them once, as they are."""
+    found = assigned("process", PerToken(), policy, stepped)
+    torch.testing.assert_close(found, PerToken()(stepped).token)
 
 
 # -- what cannot be ---------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 from tokenmdp.functional import measures
 from tokenmdp.rewards.function import FunctionReward
 from tokenmdp.rewards.mixture import Mixture
-from tokenmdp.types import Batch, Prompt
+from tokenmdp.types import Batch, Prompt, Score
 
 
 def make_batch(texts: list[str]) -> Batch:
@@ -48,6 +48,33 @@ def test_rows_without_a_verdict_have_no_token_rewards():
     score = mixture(make_batch(["x", "y"]))
     assert score.token is not None
     assert score.token.tolist() == [[0, 0], [0, 2.0]]
+
+
+class Stepped:
+    """Says 0.5 of the first and 0.25 of the second token of every row; the score is the lesser."""
+
+    name = "stepped"
+
+    def __call__(self, batch: Batch) -> Score:
+        steps = torch.zeros(batch.tokens.shape)
+        steps[:, 1:3] = torch.tensor([0.5, 0.25])
+        return Score(torch.full((len(batch),), 0.25), torch.ones(len(batch), dtype=torch.bool), steps=steps)
+
+
+def test_what_is_said_of_steps_is_summed_apart_from_the_score():
+    both = [(2.0, Stepped()), (10.0, Stepped())]
+    score = Mixture([*both, (1.0, fixed([3.0, None]))])(make_batch(["xy", "zz"]))
+    # 2·0.25 + 10·0.25 + 3; of the steps 12 times what one says
+    assert score.value.tolist() == [6.0, 0.0]
+    assert score.token is None
+    assert score.steps is not None
+    assert score.steps.tolist() == [[0, 6.0, 3.0], [0, 0, 0]]
+    score = Mixture([(2.0, Stepped()), (1.0, fixed([[1.0, 0.5], [1.0, 1.0]]))])(make_batch(["xy", "zz"]))
+    # its score joins the token rewards on the last token, its steps do not
+    assert score.token is not None
+    assert score.steps is not None
+    assert score.token.tolist() == [[0, 1.0, 1.0], [0, 1.0, 1.5]]
+    assert score.steps.tolist() == [[0, 1.0, 0.5]] * 2
 
 
 def test_what_a_part_said_is_kept_where_the_mixture_has_no_verdict():

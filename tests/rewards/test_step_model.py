@@ -27,27 +27,27 @@ def test_it_keeps_the_contract_of_rewards(pool: str) -> None:
 
 def test_a_step_is_judged_by_what_came_up_to_its_end() -> None:
     b = batch([([1, 2], [3, 4, 6, 7, 4, 8, EOS])])
-    token = made()(b).token
-    assert token is not None
-    assert token[0].nonzero()[:, 0].tolist() == [3, 6, 7]
+    said = made()(b).steps
+    assert said is not None
+    assert said[0].nonzero()[:, 0].tolist() == [3, 6, 7]
     for t in (3, 6, 7):
-        alone = made()(batch([(b.tokens[0, :2].tolist(), b.tokens[0, 2 : t + 1].tolist())])).token
+        alone = made()(batch([(b.tokens[0, :2].tolist(), b.tokens[0, 2 : t + 1].tolist())])).steps
         assert alone is not None
-        assert float(alone[0, t]) == pytest.approx(float(token[0, t]), abs=1e-6)
-    other = made()(batch([([1, 2], [3, 4, 6, 7, 4, 9, 9, EOS])])).token
+        assert float(alone[0, t]) == pytest.approx(float(said[0, t]), abs=1e-6)
+    other = made()(batch([([1, 2], [3, 4, 6, 7, 4, 9, 9, EOS])])).steps
     assert other is not None
-    assert other[0, [3, 6]].tolist() == pytest.approx(token[0, [3, 6]].tolist(), abs=1e-6)
+    assert other[0, [3, 6]].tolist() == pytest.approx(said[0, [3, 6]].tolist(), abs=1e-6)
 
 
 def test_one_score_from_the_steps() -> None:
     b = batch([([1, 2], [3, 4, 6, 7, 4, 8, EOS]), ([1], [5])])
-    token = made()(b).token
-    assert token is not None
-    p = token[0][token[0] > 0]
+    said = made()(b).steps
+    assert said is not None
+    p = said[0][said[0] > 0]
     want = {"min": p.min(), "last": p[-1], "product": p.prod()}
     for aggregate, value in want.items():
         found = made(aggregate)(b)
-        assert found.value.tolist() == pytest.approx([float(value), float(token[1].sum())])
+        assert found.value.tolist() == pytest.approx([float(value), float(said[1].sum())])
 
 
 def test_a_response_without_tokens_has_no_verdict() -> None:

@@ -217,7 +217,7 @@ def yes(batch: Batch) -> Tensor:
 def test_a_good_reward_is_left_alone() -> None:
     b = responses(6, 0.5, 0)
     assert torch.equal(check_reward(liking(), b).value, liking()(b).value)
-    check_reward(Judge(lambda b: Score(length(b), yes(b), torch.where(b.action, 0.5, 0.0))), b)
+    check_reward(Judge(lambda b: Score(length(b), yes(b), torch.where(b.action, 1.0, 0.0))), b)
     check_reward(liking_reward_model(), b)
     check_reward(Judge(lambda b: Score(torch.where(b.ended, length(b), 0.0), b.ended)), b)
 
@@ -231,12 +231,19 @@ def test_a_good_reward_is_left_alone() -> None:
         (lambda b: Score(length(b) - length(b).mean(), yes(b)), "with the row alone: a score is of its own row"),
         (lambda b: Score(torch.arange(len(b)).float(), yes(b)), "with its rows in another order"),
         (lambda b: Score(torch.rand(len(b)), yes(b)), "asked a second time"),
-        (lambda b: Score(length(b), yes(b), torch.ones(b.tokens.shape)), "rewards tokens that nobody chose"),
+        (
+            lambda b: Score(torch.full_like(length(b), b.tokens.shape[1]), yes(b), torch.ones(b.tokens.shape)),
+            "token rewards for tokens that nobody chose",
+        ),
+        (
+            lambda b: Score(length(b), yes(b), steps=torch.ones(b.tokens.shape)),
+            "step rewards for tokens that nobody chose",
+        ),
         (
             lambda b: Score(length(b), yes(b), torch.where(b.action, float("nan"), 0.0)),
             "token rewards that are not finite",
         ),
-        (lambda b: Score(length(b), yes(b), torch.ones(len(b), 2)), r"token rewards of shape \(6, 2\)"),
+        (lambda b: Score(2 + 0 * length(b), yes(b), torch.ones(len(b), 2)), r"token rewards of shape \(6, 2\)"),
     ],
 )
 def test_what_a_reward_breaks_is_named(function: Callable[[Batch], Any], message: str) -> None:

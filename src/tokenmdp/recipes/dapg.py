@@ -116,9 +116,10 @@ def train(
 
         # 3. What a response earned beyond the prompt's others, and what a demonstration is taken to have earned.
         divergence = kl.reverse_k1(logp_old, logp_ref).sum(-1)
-        total = score.value - cfg.kl * divergence.to(score.value.dtype)
+        paid = scheme.paid(b, score)
+        total = paid.value - cfg.kl * divergence.to(paid.value.dtype)
         centred = returns.leave_one_out(total, b.group, rows)
-        advantage = returns.discounted(scheme(b, score, centred, policy, run.rng), b.action)
+        advantage = returns.discounted(scheme(b, paid, centred, policy, run.rng), b.action)
         own = weights.per_slot(b.action, cfg.max_new_tokens, rows)
         largest = torch.where(own > 0, advantage, torch.zeros_like(advantage)).max()
         unit = float(largest) if cfg.demo_scale == "largest" else 1.0

@@ -170,9 +170,10 @@ def train(
         logp_old, logp_ref = old["logp"], evaluate(reference, b, "logp")["logp"]
 
         # 3. Better or worse than the other samples of the prompt, on the tokens that made it so.
-        outcome = score.value + returns.overlong(b.action.sum(-1), cfg.max_new_tokens, cfg.overlong)
+        paid = scheme.paid(b, score)
+        outcome = paid.value + returns.overlong(b.action.sum(-1), cfg.max_new_tokens, cfg.overlong)
         centred = returns.centred(outcome, b.group, rows)
-        advantage = returns.discounted(scheme(b, score, centred, sampler, run.rng), b.action)
+        advantage = returns.discounted(scheme(b, paid, centred, sampler, run.rng), b.action)
         if cfg.scale != "none":
             among = b.group if cfg.scale == "group" else torch.zeros_like(b.group)
             advantage = returns.scaled(advantage, returns.spread(outcome, among, rows))

@@ -137,8 +137,9 @@ def train(
             value = critic.value(states, b)
 
         # 3. Reward, return, advantage, all token-aligned.
-        outcome = score.value - cfg.truncation * (~b.ended).to(score.value.dtype)
-        token_reward = scheme(b, score, outcome, policy, run.rng) - beta.value * (logp_old - logp_ref)
+        paid = scheme.paid(b, score)
+        outcome = paid.value - cfg.truncation * (~b.ended).to(paid.value.dtype)
+        token_reward = scheme(b, paid, outcome, policy, run.rng) - beta.value * (logp_old - logp_ref)
         advantage, return_ = returns.gae(token_reward, value, b.action, cfg.gamma, cfg.lam)
         per_token = weights.per_token(b.action, rows=rows)
         advantage = returns.whiten(advantage, per_token)

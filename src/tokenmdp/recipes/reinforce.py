@@ -111,8 +111,8 @@ def train(
         first = {int(g): p for g, p in zip(b.group, b.prompts, strict=True)}
         best = policy.sample(list(first.values()), 1, greedily, run.rng)
         said = reward(best)
-        paid = price(best, evaluate(policy, best, "logp")["logp"], evaluate(reference, best, "logp")["logp"])
-        return best, said, said.value - paid
+        spent = price(best, evaluate(policy, best, "logp")["logp"], evaluate(reference, best, "logp")["logp"])
+        return best, said, scheme.paid(best, said).value - spent
 
     def loss(part: Batch, advantage: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return policy_loss.reinforce(policy.evaluate(part, temperature=cfg.temperature)["logp"], advantage), {}
@@ -129,7 +129,8 @@ def train(
         logp_old, logp_ref = old["logp"], evaluate(reference, b, "logp")["logp"]
 
         # 3. What a response earned in all, less what was to be expected, on the tokens that earned it.
-        total = score.value - price(b, logp_old, logp_ref).to(score.value.dtype)
+        paid = scheme.paid(b, score)
+        total = paid.value - price(b, logp_old, logp_ref).to(paid.value.dtype)
         if cfg.baseline == "none":
             centred = torch.where(rows, total, torch.zeros_like(total))
         elif cfg.baseline == "batch":
@@ -140,7 +141,7 @@ def train(
             best, said, earned = greedy_baseline(b)
             rows, sampled = rows & said.verdict[b.group], sampled + int(best.action.sum())
             centred = returns.against(total, b.group, earned.to(total.dtype), rows)
-        advantage = returns.discounted(scheme(b, score, centred, policy, run.rng), b.action)
+        advantage = returns.discounted(scheme(b, paid, centred, policy, run.rng), b.action)
 
         # 4. Learn, once. Where no response is better or worse than expected there is nothing to learn.
         w = weights.per_slot(b.action, cfg.max_new_tokens, rows)

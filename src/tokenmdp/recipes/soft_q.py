@@ -103,8 +103,9 @@ def train(
         now, logp_ref = look(policy, b, "logp", "entropy"), look(reference, b, "logp")["logp"]
 
         # 2. What Q should be, by the rest of each path and the target network.
-        outcome = score.value - cfg.truncation * (~b.ended).to(score.value.dtype)
-        token_reward = scheme(b, score, outcome, policy, run.rng)
+        paid = scheme.paid(b, score)
+        outcome = paid.value - cfg.truncation * (~b.ended).to(paid.value.dtype)
+        token_reward = scheme(b, paid, outcome, policy, run.rng)
         z = in_parts(lambda part: reference.evaluate(part, soft.WANT), b)
         y = in_parts(lambda part: slow.evaluate(part, soft.WANT), b)
         q, value = cfg.kl * (y["logit"] - z["logit"]), cfg.kl * (y["log_z"] - z["log_z"])

@@ -8,13 +8,17 @@ nothing else in a recipe changes with it:
     attention[@0.5]       where the reward model looked when it judged; @: only this part of the score
     shaped                the rise of the reward model's own score from prefix to prefix, besides the outcome
     implicit:DIR[@0.1]    the reward implied by the policy in DIR, which was trained on preferences; @: its β
-    process               what the reward says of each step; process:DIR, what the process reward model in DIR says
+    process               what the reward says of each step, besides the outcome; process:DIR, what the model in DIR says
     branch:K              what each token did to the value: K futures from every visited state; branch:K/step, from
                           the ends of steps only
 
-`attention:DIR` and `shaped:DIR` ask the reward model in DIR, whatever the recipe's reward is. All are linear in the
-outcome up to a term that does not depend on it, so a recipe may take a baseline off first. `shaped` and `branch` are
-baselines already: with them a recipe needs none.
+`attention:DIR` and `shaped:DIR` ask the reward model in DIR, whatever the recipe's reward is. A recipe asks twice:
+
+    paid = scheme.paid(batch, score)            what a row is paid in all; a baseline is taken of this
+    r    = scheme(batch, paid, outcome, ...)    Σ_t r_t = outcome = paid.value − what the recipe takes off
+
+Rows are paid their score, and under `implicit` and `process` a second reward besides. `shaped` and `branch` take the
+value of the start off, whatever the policy does: they are baselines already, and with them a recipe needs none.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -51,28 +56,46 @@ class Scheme(Protocol):
     name: str
     drawn: int
 
+    def paid(self, batch: Batch, score: Score) -> Score:
+        """What rows are paid in all, and by whom it is known which token earned it.
+
+        Here the score itself; schemes that add a second reward join it to the value and to the token rewards.
+
+        Args:
+            batch: responses, of the policy or of whoever is compared with it.
+            score: what the reward said of them.
+        """
+        return score
+
     def __call__(
-        self, batch: Batch, score: Score, outcome: Float[Tensor, "B"], policy: Policy, rng: torch.Generator
+        self, batch: Batch, paid: Score, outcome: Float[Tensor, "B"], policy: Policy, rng: torch.Generator
     ) -> Float[Tensor, "B L"]:
-        """Token rewards of a batch.
+        """Token rewards of a batch; their sum is the outcome, less the value of the start where the scheme is a baseline.
 
         Args:
             batch: responses that `policy` sampled.
-            score: what the reward said of them.
-            outcome: what there is to share out a row: the score, less a truncation's penalty or a baseline; 0 for a row
-                without a verdict.
+            paid: what `paid` made of their score.
+            outcome: what there is to share out a row: the value of `paid`, less a truncation's penalty or a baseline; 0
+                for a row without a verdict.
             policy: the current policy, for schemes that ask what it would have done from a prefix.
             rng: for schemes that sample.
         """
         ...
 
 
-def _beside(score: Score, outcome: Tensor, equation: Callable[[Tensor], Tensor]) -> Tensor:
-    """Rewards a token come as they are; only what the outcome adds to the score is shared out."""
-    return equation(outcome) if score.token is None else score.token + equation(outcome - score.value)
+def _beside(paid: Score, outcome: Tensor, equation: Callable[[Tensor], Tensor]) -> Tensor:
+    """Rewards a token come as they are; only what the outcome adds to their sum is shared out."""
+    return equation(outcome) if paid.token is None else paid.token + equation(outcome - paid.value)
 
 
-class Plain:
+def _joined(score: Score, equation: Callable[[Tensor], Tensor]) -> Score:
+    """The score with a second reward in it: the equation gives the token rewards of both."""
+    both = _beside(score, score.value, equation)
+    token = torch.where(score.verdict[:, None], both, torch.zeros_like(both))
+    return replace(score, value=token.sum(-1), token=token)
+
+
+class Plain(Scheme):
     """A scheme that needs the action mask and nothing else."""
 
     drawn = 0
@@ -81,12 +104,12 @@ class Plain:
         self.name, self.equation = name, equation
 
     def __call__(
-        self, batch: Batch, score: Score, outcome: Tensor, policy: Policy, rng: torch.Generator
+        self, batch: Batch, paid: Score, outcome: Tensor, policy: Policy, rng: torch.Generator
     ) -> Float[Tensor, "B L"]:
-        return _beside(score, outcome, lambda rest: self.equation(rest, batch.action))
+        return _beside(paid, outcome, lambda rest: self.equation(rest, batch.action))
 
 
-class Attention:
+class Attention(Scheme):
     """Shares the score out as the reward model attended to the response."""
 
     drawn = 0
@@ -95,13 +118,13 @@ class Attention:
         self.name, self.reward, self.beta = name, reward, beta
 
     def __call__(
-        self, batch: Batch, score: Score, outcome: Tensor, policy: Policy, rng: torch.Generator
+        self, batch: Batch, paid: Score, outcome: Tensor, policy: Policy, rng: torch.Generator
     ) -> Float[Tensor, "B L"]:
         seen = attention_of(self.reward, batch)
-        return _beside(score, outcome, lambda rest: credit.attention(rest, batch.action, seen, self.beta))
+        return _beside(paid, outcome, lambda rest: credit.attention(rest, batch.action, seen, self.beta))
 
 
-class Shaped:
+class Shaped(Scheme):
     """The reward model's score of every prefix as a potential."""
 
     drawn = 0
@@ -110,52 +133,61 @@ class Shaped:
         self.name, self.critic = name, reward.critic("none")
 
     def __call__(
-        self, batch: Batch, score: Score, outcome: Tensor, policy: Policy, rng: torch.Generator
+        self, batch: Batch, paid: Score, outcome: Tensor, policy: Policy, rng: torch.Generator
     ) -> Float[Tensor, "B L"]:
         potential = in_parts(lambda part: {"v": self.critic.value(self.critic.states(part), part)}, batch)["v"]
-        return _beside(score, outcome, lambda rest: credit.shaped(rest, batch.action, potential))
+        return _beside(paid, outcome, lambda rest: credit.shaped(rest, batch.action, potential))
 
 
-class Implicit:
-    """The reward that a policy trained on preferences implies, beside the score."""
+class Implicit(Scheme):
+    """The reward that a policy trained on preferences implies, besides the score."""
 
     drawn = 0
 
     def __init__(self, name: str, preferred: Policy, reference: Policy, beta: float) -> None:
         self.name, self.preferred, self.reference, self.beta = name, preferred, reference, beta
 
-    def __call__(
-        self, batch: Batch, score: Score, outcome: Tensor, policy: Policy, rng: torch.Generator
-    ) -> Float[Tensor, "B L"]:
+    def paid(self, batch: Batch, score: Score) -> Score:
         ours = in_parts(lambda part: self.preferred.evaluate(part), batch)["logp"]
         theirs = in_parts(lambda part: self.reference.evaluate(part), batch)["logp"]
-        return _beside(score, outcome, lambda rest: credit.implicit(rest, batch.action, ours, theirs, self.beta))
+        return _joined(score, lambda rest: credit.implicit(rest, batch.action, ours, theirs, self.beta))
+
+    def __call__(
+        self, batch: Batch, paid: Score, outcome: Tensor, policy: Policy, rng: torch.Generator
+    ) -> Float[Tensor, "B L"]:
+        return _beside(paid, outcome, lambda rest: credit.last(rest, batch.action))
 
 
-class Process:
-    """A process reward on the steps: the recipe's own reward's, or another model's beside the score."""
+class Process(Scheme):
+    """A process reward on the steps, besides the score: what the recipe's own reward says of them, or another model.
+
+    The tokens of a reward that scores tokens are its score, not a second reward: they come as they are, once.
+    """
 
     drawn = 0
 
     def __init__(self, name: str, model: StepRewardModel | None) -> None:
         self.name, self.model = name, model
 
+    def paid(self, batch: Batch, score: Score) -> Score:
+        said = score.steps if self.model is None else self.model(batch).steps
+        if said is not None:
+            # What is said between the ends of steps is 0.
+            return _joined(score, lambda rest: credit.process(rest, batch.action, said, said != 0))
+        if score.token is None:
+            raise ValueError(
+                "credit=process pays what the reward says of each step, but this reward says nothing of steps or tokens: "
+                "take a process reward model as the reward, or credit=process:FOLDER"
+            )
+        return score
+
     def __call__(
-        self, batch: Batch, score: Score, outcome: Tensor, policy: Policy, rng: torch.Generator
+        self, batch: Batch, paid: Score, outcome: Tensor, policy: Policy, rng: torch.Generator
     ) -> Float[Tensor, "B L"]:
-        if self.model is None:
-            if score.token is None:
-                raise ValueError(
-                    "credit=process shares out what the reward says of each step, but this reward gives no token rewards: "
-                    "take a process reward model as the reward, or credit=process:FOLDER"
-                )
-            return _beside(score, outcome, lambda rest: credit.last(rest, batch.action))
-        said, closing = self.model(batch).token, self.model.ends(batch)
-        assert said is not None
-        return _beside(score, outcome, lambda rest: credit.process(rest, batch.action, said, closing))
+        return _beside(paid, outcome, lambda rest: credit.last(rest, batch.action))
 
 
-class Branch:
+class Branch(Scheme):
     """Monte-Carlo values: futures drawn from visited states and judged by the recipe's own reward.
 
     Args:
@@ -169,12 +201,11 @@ class Branch:
         self.drawn = 0
 
     def __call__(
-        self, batch: Batch, score: Score, outcome: Tensor, policy: Policy, rng: torch.Generator
+        self, batch: Batch, paid: Score, outcome: Tensor, policy: Policy, rng: torch.Generator
     ) -> Float[Tensor, "B L"]:
-        value = self.values(batch, score.verdict, policy, rng).to(outcome.dtype)
-        # Of token rewards the sum is shared out anew: what a future is worth counts all of them.
-        total = outcome if score.token is None else outcome - score.value + score.token.sum(-1)
-        return credit.branch(total, batch.action, value)
+        # Token rewards are shared out anew: what a future is worth counts all of them.
+        value = self.values(batch, paid.verdict, policy, rng).to(outcome.dtype)
+        return credit.branch(outcome, batch.action, value)
 
     def values(self, batch: Batch, rows: Tensor, policy: Policy, rng: torch.Generator) -> Float[Tensor, "B L"]:
         """V of the states before each token of the rows that count; see `returns.branch` for those not reset to."""
@@ -189,8 +220,7 @@ class Branch:
         found = tree.branch(policy, batch, at, self.k, self.sampling, rng)
         self.drawn = found.drawn
         said = self.reward(found.batch)
-        worth = said.value if said.token is None else said.token.sum(-1)
-        return returns.branch(worth, found.parent, found.at, batch.action, said.verdict)
+        return returns.branch(said.value, found.parent, found.at, batch.action, said.verdict)
 
 
 def _new_step(action: Tensor, closed: Tensor) -> Tensor:

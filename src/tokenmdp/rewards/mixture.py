@@ -18,7 +18,8 @@ class Mixture:
         score = Σ_k w_k · score_k
 
     A response has a verdict only if every part gave one. Where some part gives rewards a token, the others' scores join
-    them on the last action token, so nothing is lost.
+    them on the last action token, so nothing is lost. What parts say of steps is summed with the same weights, apart from
+    the score, as it is in the parts.
 
     Args:
         parts: weight (reward units of the mixture, one of the part's) and reward of each part.
@@ -47,12 +48,19 @@ class Mixture:
         verdict = torch.stack([score.verdict for score in scores]).all(0)
         value = sum((w * s.value for w, s in zip(weights, scores, strict=True)), torch.zeros_like(scores[0].value))
         value = torch.where(verdict, value, torch.zeros_like(value))
-        if all(score.token is None for score in scores):
-            return Score(value, verdict, None, parts, reasons)
-        token = torch.zeros(batch.tokens.shape, dtype=value.dtype, device=value.device)
-        for weight, score in zip(weights, scores, strict=True):
-            token = token + weight * _by_token(score, batch)
-        return Score(value, verdict, torch.where(verdict[:, None], token, torch.zeros_like(token)), parts, reasons)
+        token = steps = None
+        if any(score.token is not None for score in scores):
+            token = _sum(weights, [_by_token(score, batch) for score in scores], verdict)
+        said = [(w, score.steps) for w, score in zip(weights, scores, strict=True) if score.steps is not None]
+        if said:
+            steps = _sum([w for w, _ in said], [p for _, p in said], verdict)
+        return Score(value, verdict, token, parts, reasons, steps)
+
+
+def _sum(weights: Sequence[float], parts: Sequence[Tensor], verdict: Tensor) -> Tensor:
+    """[B, L] the weighted sum, 0 in rows without a verdict."""
+    total = sum((w * part for w, part in zip(weights, parts, strict=True)), torch.zeros_like(parts[0]))
+    return torch.where(verdict[:, None], total, torch.zeros_like(total))
 
 
 def _by_token(score: Score, batch: Batch) -> Tensor:

@@ -2,7 +2,7 @@
 
     p_k = σ( w · h̄_{end of step k} ),     r(x, y) = min_k p_k   (or the last one, or their product)
 
-One number a step is what `credit` calls a process reward (`Score.token`), and the weakest step is what a whole response
+One number a step is what `credit` calls a process reward (`Score.steps`), and the weakest step is what a whole response
 is worth (`Score.value`). A step is what a delimiter closes (`rewards.steps.ends`).
 
 Source: Lightman et al. 2023, section 2; the minimum over steps: Wang et al. 2023 (Math-Shepherd),
@@ -107,5 +107,5 @@ class StepRewardModel:
             value = p.prod(dim=1)
         else:
             value = p.gather(1, (closing.long().cumsum(1).argmax(1))[:, None])[:, 0]
-        token = torch.where(closing, found, torch.zeros_like(found))
-        return Score(torch.where(verdict, value, torch.zeros_like(value)), verdict, token)
+        said = torch.where(closing, found, torch.zeros_like(found))
+        return Score(torch.where(verdict, value, torch.zeros_like(value)), verdict, steps=said)

@@ -265,11 +265,12 @@ def check_reward(reward: Reward, batch: Batch, tolerance: float = 1e-5) -> Score
         score.verdict.dtype == torch.bool, f"{name} gave verdicts of type {score.verdict.dtype}; they are True or False"
     )
     _keep(not bool(score.value[~score.verdict].any()), f"{name} gave a value without a verdict: such a value is 0")
-    if score.token is not None:
-        shape = tuple(score.token.shape)
-        _keep(shape == tuple(batch.tokens.shape), f"{name} gave token rewards of shape {shape}")
-        _keep(bool(torch.isfinite(score.token).all()), f"{name} gave token rewards that are not finite")
-        _keep(not bool(score.token[~batch.action].any()), f"{name} rewards tokens that nobody chose")
+    for said, what in ((score.token, "token"), (score.steps, "step")):
+        if said is not None:
+            shape = tuple(said.shape)
+            _keep(shape == tuple(batch.tokens.shape), f"{name} gave {what} rewards of shape {shape}")
+            _keep(bool(torch.isfinite(said).all()), f"{name} gave {what} rewards that are not finite")
+            _keep(not bool(said[~batch.action].any()), f"{name} gave {what} rewards for tokens that nobody chose")
     again = reward(batch)
     _equal(name, "asked a second time", score, again, range(B), 0.0)
     order = list(reversed(range(B)))
@@ -284,10 +285,11 @@ def _equal(name: str, when: str, want: Score, found: Score, rows: Sequence[int],
         a, b = float(want.value[row]), float(found.value[i])
         same = abs(a - b) <= tolerance * (1 + abs(a)) and bool(want.verdict[row]) == bool(found.verdict[i])
         _keep(same, f"{name} says {a:g} of row {row}, and {b:g} {when}: a score is of its own row, without chance")
-        if want.token is not None and found.token is not None:
-            L = min(want.token.shape[1], found.token.shape[1])
-            gap = float((want.token[row, :L] - found.token[i, :L]).abs().max())
-            _keep(gap <= tolerance, f"{name} rewards the tokens of row {row} differently {when}, by {gap:g}")
+        for mine, other, what in ((want.token, found.token, "tokens"), (want.steps, found.steps, "steps")):
+            if mine is not None and other is not None:
+                L = min(mine.shape[1], other.shape[1])
+                gap = float((mine[row, :L] - other[i, :L]).abs().max())
+                _keep(gap <= tolerance, f"{name} rewards the {what} of row {row} differently {when}, by {gap:g}")
 
 
 # Losses ----------------------------------------------------------------------------------------------------------------
