@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -136,6 +137,16 @@ def test_shaping_leaves_the_policy_gradient_unbiased(toy: Toy, seed: int) -> Non
     torch.testing.assert_close(toy.gradient(returns.discounted(reward, toy.action)), toy.truth)
     advantage, _ = returns.gae(reward, toy.of_the_state(9), toy.action, 1.0, 1.0)
     torch.testing.assert_close(toy.gradient(advantage), toy.truth)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.7])
+@pytest.mark.parametrize("scheme", [credit.shaped, credit.branch])
+def test_a_potential_is_a_baseline_at_any_discount(toy: Toy, scheme: Callable[..., torch.Tensor], gamma: float) -> None:
+    """Returns from each token on are less by its potential, whatever the length; so the gradient is that of none."""
+    plain = returns.discounted(credit.last(toy.score, toy.action), toy.action, gamma)
+    found = returns.discounted(scheme(toy.score, toy.action, toy.of_the_state(1), gamma), toy.action, gamma)
+    torch.testing.assert_close(found, plain - toy.of_the_state(1))
+    torch.testing.assert_close(toy.gradient(found), toy.gradient(plain))
 
 
 def test_the_implied_reward_adds_an_objective_of_its_own(toy: Toy) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import pytest
 from torch import Generator
 
-from tiny_recipes import LIKED, build_ppo, liking_reward_model
+from tiny_recipes import LIKED, build_ppo, liking_reward_model, policy
 from tokenmdp.models.sampling import Sampling
 from tokenmdp.recipes import ppo
+from tokenmdp.rewards.reward_model import RewardModel
 from tokenmdp.run import Run
 from tokenmdp.testing import contracts
 
@@ -30,6 +32,20 @@ def test_its_runs_repeat_resume_and_ignore_micro_batches(credit: str, tmp_path: 
         # for a whole response of 5 tokens.
         besides = line["num_tokens_credit"]
         assert (2 * line["num_tokens"] <= besides <= 2 * 8 * 15) if credit == "branch:2" else besides == 0
+
+
+def test_a_potential_is_discounted_as_the_returns_are(tmp_path: Path) -> None:
+    """One that is the same everywhere says nothing: after whitening the first update is that of the plain score, γ < 1 or not."""
+    constant = RewardModel.from_policy(policy(), "head")
+    constant.shift = -2.0
+    constant.save(tmp_path / "rm")
+    norms = []
+    for name, credit in (("plain", "last"), ("shaped", f"shaped:{tmp_path / 'rm'}")):
+        cfg, pieces = build_ppo(credit=credit, gamma=0.5, lam=1.0, steps=1, minibatches=1)
+        with Run.open(tmp_path / name, config={}, seed=0) as run:
+            ppo.train(cfg, *pieces, run)
+        norms.append(json.loads((tmp_path / name / "metrics.jsonl").read_text())["grad_norm"])
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
 
 
 def test_with_values_by_resets_in_the_place_of_a_critic_it_improves_the_score(tmp_path: Path) -> None:

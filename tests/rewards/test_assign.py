@@ -89,6 +89,24 @@ def test_shaped_pays_the_rise_of_the_reward_models_score(policy: Policy, sampled
         assert float(found[i].sum()) == pytest.approx(whole - said[0], abs=1e-5)
 
 
+@pytest.mark.parametrize("spec", ["shaped", "branch:2"])
+def test_potentials_are_discounted_as_the_returns_are(spec: str, policy: Policy, sampled: Batch) -> None:
+    """The return of a row is less by the potential of its start, whatever its length."""
+    reward, gamma = model_of(policy), 0.8
+    score = reward(sampled)
+    scheme = assign.load(spec, reward, policy, SAMPLING, gamma)
+    given = scheme(sampled, score, score.value, policy, torch.Generator().manual_seed(1))
+    plain = returns.discounted(credit.last(score.value, sampled.action), sampled.action, gamma)
+    if isinstance(scheme, Branch):
+        potential = scheme.values(sampled, score.verdict, policy, torch.Generator().manual_seed(1))
+    else:
+        assert isinstance(scheme, Shaped)
+        with torch.no_grad():
+            potential = scheme.critic.value(scheme.critic.states(sampled), sampled)
+    found = returns.discounted(given, sampled.action, gamma)
+    torch.testing.assert_close(found, plain - torch.where(sampled.action, potential, 0.0), rtol=1e-4, atol=1e-5)
+
+
 def test_another_reward_may_lend_its_attention_and_its_potential(
     policy: Policy, sampled: Batch, tmp_path: Path
 ) -> None:

@@ -110,19 +110,21 @@ def attention(
 
 
 def shaped(
-    score: Float[Tensor, "B"], action: Bool[Tensor, "B L"], potential: Float[Tensor, "B L"]
+    score: Float[Tensor, "B"], action: Bool[Tensor, "B L"], potential: Float[Tensor, "B L"], gamma: float = 1.0
 ) -> Float[Tensor, "B L"]:
     """The score on the last token, and on every token the rise of a potential.
 
-        r_t = score · 1[t is the row's last action] + Φ(s_{t⁺}) − Φ(s_t),     Φ after the last action = 0
+        r_t = score · 1[t is the row's last action] + γ Φ(s_{t⁺}) − Φ(s_t),     Φ after the last action = 0
 
-    Σ_t r_t = score − Φ(s₀), and from any token on, score − Φ(s_t): at γ = 1 and λ = 1 a potential is a baseline, and
-    the policy gradient is unbiased whatever Φ is. Causal, if Φ(s_t) depends on s_t alone.
+    The return of a row is less by Φ(s₀), and from any token on by Φ(s_t), however long the row is: at λ = 1 a potential is a
+    baseline, and the policy gradient is unbiased whatever Φ is. At γ = 1, Σ_t r_t = score − Φ(s₀). Causal, if Φ(s_t)
+    depends on s_t alone.
 
     Args:
         score: one outcome a row; 0 for a row without a verdict.
         action: which tokens the policy chose.
         potential: Φ of the state *before* each token, the state in which it was chosen.
+        gamma: γ, the discount a token with which returns are made of these rewards.
 
     Returns:
         Reward units; zero outside the mask.
@@ -130,7 +132,7 @@ def shaped(
     Raises:
         ValueError: when a row has a score but no action to carry it.
 
-    Source: Ng, Harada & Russell 1999, eq. 2, with γ = 1.
+    Source: Ng, Harada & Russell 1999, eq. 2.
     """
     before = torch.where(action, potential, torch.zeros_like(potential)).to(score.dtype)
     following = torch.zeros_like(before[:, 0])
@@ -139,22 +141,26 @@ def shaped(
         columns.append(following)
         following = torch.where(action[:, t], before[:, t], following)
     after = torch.stack(columns[::-1], dim=1)
-    return last(score, action) + torch.where(action, after - before, torch.zeros_like(before))
+    return last(score, action) + torch.where(action, gamma * after - before, torch.zeros_like(before))
 
 
-def branch(score: Float[Tensor, "B"], action: Bool[Tensor, "B L"], value: Float[Tensor, "B L"]) -> Float[Tensor, "B L"]:
+def branch(
+    score: Float[Tensor, "B"], action: Bool[Tensor, "B L"], value: Float[Tensor, "B L"], gamma: float = 1.0
+) -> Float[Tensor, "B L"]:
     """What each token did to the expected outcome, the values being Monte-Carlo averages over futures drawn by resets.
 
-        r_t = V(s_{t⁺}) − V(s_t),     V after the last action = score
+        r_t = γ V(s_{t⁺}) − V(s_t),     of the last action: score − V(s_t)
 
-    Σ_t r_t = score − V(s₀). It is `shaped` with Φ = V, and causal. With the exact V, r_t is the advantage of the token,
-    for the dynamics are deterministic: read it with λ = 0 and no critic. With λ = 1 it is score − V(s_t), unbiased
-    for any V whose rollouts were drawn apart from the response.
+    It is `shaped` with Φ = V, and causal; at γ = 1, Σ_t r_t = score − V(s₀). With the exact V, r_t is the advantage of the
+    token, for the dynamics are deterministic: read it with λ = 0 and no critic. With λ = 1 the return from t on is less by
+    V(s_t), unbiased for any V whose rollouts were drawn apart from the response.
 
     Args:
         score: one outcome a row; 0 for a row without a verdict.
         action: which tokens the policy chose.
-        value: V of the state *before* each token, from `returns.branch`.
+        value: V of the state *before* each token, from `returns.branch`; its scores are not discounted, so that at γ < 1
+            it is a potential and no more.
+        gamma: γ, the discount a token with which returns are made of these rewards.
 
     Returns:
         Reward units; zero outside the mask.
@@ -164,7 +170,7 @@ def branch(score: Float[Tensor, "B"], action: Bool[Tensor, "B L"], value: Float[
 
     Source: Kazemnejad et al. 2024 (VinePPO), section 4, with reward at the end only.
     """
-    return shaped(score, action, value)
+    return shaped(score, action, value, gamma)
 
 
 def implicit(

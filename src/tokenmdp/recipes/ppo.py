@@ -102,7 +102,7 @@ def train(
     valuer = Learner(critic, cfg.critic_learning_rate, tokens=cfg.micro_tokens)
     beta = KLCoefficient(cfg.kl, cfg.kl_target)
     sampling = Sampling(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature)
-    scheme = assign.load(cfg.credit, reward, reference, sampling)
+    scheme = assign.load(cfg.credit, reward, reference, sampling, cfg.gamma)
     run.note(f"reference {reference.name} {reference.fingerprint()}; policy starts as {policy.fingerprint()}")
 
     def evaluate(model: Policy, batch: Batch, *want: str) -> dict[str, Tensor]:

@@ -84,7 +84,7 @@ def train(
     learner = Learner(policy, cfg.learning_rate, tokens=cfg.micro_tokens)
     sampler, target = Target(behaviour, policy), Target(slow, policy)
     sampling = Sampling(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature)
-    scheme = assign.load(cfg.credit, reward, reference, sampling)
+    scheme = assign.load(cfg.credit, reward, reference, sampling, cfg.gamma)
     run.note(f"reference {reference.name} {reference.fingerprint()}; data are up to {cfg.sync - 1} phases old")
 
     def look(model: Policy, b: Batch, *want: str) -> dict[str, Tensor]:

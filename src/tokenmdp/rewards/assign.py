@@ -129,14 +129,14 @@ class Shaped(Scheme):
 
     drawn = 0
 
-    def __init__(self, name: str, reward: RewardModel) -> None:
-        self.name, self.critic = name, reward.critic("none")
+    def __init__(self, name: str, reward: RewardModel, gamma: float) -> None:
+        self.name, self.critic, self.gamma = name, reward.critic("none"), gamma
 
     def __call__(
         self, batch: Batch, paid: Score, outcome: Tensor, policy: Policy, rng: torch.Generator
     ) -> Float[Tensor, "B L"]:
         potential = in_parts(lambda part: {"v": self.critic.value(self.critic.states(part), part)}, batch)["v"]
-        return _beside(paid, outcome, lambda rest: credit.shaped(rest, batch.action, potential))
+        return _beside(paid, outcome, lambda rest: credit.shaped(rest, batch.action, potential, self.gamma))
 
 
 class Implicit(Scheme):
@@ -194,18 +194,21 @@ class Branch(Scheme):
         k: futures a state.
         delimiter: what closes a step, to branch between steps only; None branches at every token.
         sampling: as the recipe draws its responses.
+        gamma: the discount of the recipe's returns.
     """
 
-    def __init__(self, name: str, reward: Reward, k: int, delimiter: str | None, sampling: Sampling) -> None:
-        self.name, self.reward, self.k, self.delimiter, self.sampling = name, reward, k, delimiter, sampling
-        self.drawn = 0
+    def __init__(
+        self, name: str, reward: Reward, k: int, delimiter: str | None, sampling: Sampling, gamma: float = 1.0
+    ) -> None:
+        self.name, self.reward, self.k, self.delimiter = name, reward, k, delimiter
+        self.sampling, self.gamma, self.drawn = sampling, gamma, 0
 
     def __call__(
         self, batch: Batch, paid: Score, outcome: Tensor, policy: Policy, rng: torch.Generator
     ) -> Float[Tensor, "B L"]:
         # Token rewards are shared out anew: what a future is worth counts all of them.
         value = self.values(batch, paid.verdict, policy, rng).to(outcome.dtype)
-        return credit.branch(outcome, batch.action, value)
+        return credit.branch(outcome, batch.action, value, self.gamma)
 
     def values(self, batch: Batch, rows: Tensor, policy: Policy, rng: torch.Generator) -> Float[Tensor, "B L"]:
         """V of the states before each token of the rows that count; see `returns.branch` for those not reset to."""
@@ -240,13 +243,14 @@ _PART = re.compile(r"(attention.*|implicit.*)@(\d*\.?\d+)")
 _BRANCH = re.compile(r"(\d+)(/step)?")
 
 
-def load(spec: str, reward: Reward, reference: Policy, sampling: Sampling | None = None) -> Scheme:
+def load(spec: str, reward: Reward, reference: Policy, sampling: Sampling | None = None, gamma: float = 1.0) -> Scheme:
     """The scheme called `spec`.
 
     Args:
         reward: the recipe's reward, for schemes that read it at prefixes or ask it of other futures.
         reference: the frozen start of the policy, for schemes that compare with it.
         sampling: how the recipe draws its responses, for schemes that draw more of them.
+        gamma: the discount of the recipe's returns, for schemes that pay what a potential rises by.
 
     Raises:
         ValueError: there is no such scheme, with a suggestion; or it needs what is not there, with the remedy.
@@ -261,13 +265,13 @@ def load(spec: str, reward: Reward, reference: Policy, sampling: Sampling | None
             raise ValueError(f"credit={spec}: attention spreads a part of the score, from 0 to 1")
         return Attention(spec, _reward_model(spec, argument, reward, reference), beta)
     if name == "shaped":
-        return Shaped(spec, _reward_model(spec, argument, reward, reference))
+        return Shaped(spec, _reward_model(spec, argument, reward, reference), gamma)
     if name == "implicit" and argument:
         return Implicit(spec, _preferred(argument, reference), reference, float(part[2]) if part else 0.1)
     if name == "process":
         return Process(spec, StepRewardModel.load(argument, reference) if argument else None)
     if name == "branch":
-        return _branch(spec, argument, reward, sampling)
+        return _branch(spec, argument, reward, sampling, gamma)
     near = difflib.get_close_matches(name, [n.partition(":")[0] for n in NAMES], n=1)
     guess = f"did you mean {near[0]}? " if near and near[0] != name else ""
     raise ValueError(f"there is no credit scheme {spec!r}: {guess}a scheme is one of {', '.join(NAMES)}")
@@ -295,7 +299,7 @@ def _preferred(folder: str, reference: Policy) -> Policy:
     return found
 
 
-def _branch(spec: str, argument: str, reward: Reward, sampling: Sampling | None) -> Branch:
+def _branch(spec: str, argument: str, reward: Reward, sampling: Sampling | None, gamma: float) -> Branch:
     match = _BRANCH.fullmatch(argument)
     if match is None or int(match[1]) < 1:
         raise ValueError(f"credit={spec}: write branch:K or branch:K/step, K futures from each state, at least 1")
@@ -304,4 +308,4 @@ def _branch(spec: str, argument: str, reward: Reward, sampling: Sampling | None)
             f"credit={spec} draws more responses, but this recipe does not say how it draws them: it must give its sampling "
             "to assign.load"
         )
-    return Branch(spec, reward, int(match[1]), steps.DELIMITER if match[2] else None, sampling)
+    return Branch(spec, reward, int(match[1]), steps.DELIMITER if match[2] else None, sampling, gamma)
