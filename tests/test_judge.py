@@ -20,17 +20,17 @@ from tokenmdp.run import Run
 SAMPLING = Sampling(max_new_tokens=5)
 
 
-def better() -> Policy:
+def better(longer: float = 6.0) -> Policy:
     """A policy that says the liked word more often than the start: its output row is longer."""
     other = policy().twin("all")
     with torch.no_grad():
-        other.model.get_output_embeddings().weight[LIKED] *= 6
+        other.model.get_output_embeddings().weight[LIKED] *= longer
     return other.freeze()
 
 
-def judged(folder: Path, trained: Policy, reward: Any = None) -> Any:
+def judged(folder: Path, trained: Policy, reward: Any = None, sampling: Sampling = SAMPLING) -> Any:
     with Run.open(folder, config={}, seed=0) as run:
-        return judge.held_out(policy().freeze(), trained, reward or liking(), task(), SAMPLING, run)["held_out"]
+        return judge.held_out(policy().freeze(), trained, reward or liking(), task(), sampling, run)["held_out"]
 
 
 def test_a_policy_beside_itself_has_gained_nothing_and_has_no_kl(tmp_path: Path) -> None:
@@ -47,6 +47,30 @@ def test_a_changed_policy_has_kl_and_its_responses_are_kept(tmp_path: Path) -> N
     lines = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
     assert [line["arm"] for line in lines] == ["start"] * 5 + ["trained"] * 5
     assert {line["row"] for line in lines} == {p.row for p in task().held_out}
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_the_kl_is_that_of_the_responses_temperature(temperature: float, tmp_path: Path) -> None:
+    """On the very responses that were judged, by the enumerated vocabulary; that of T = 1 is far off."""
+    trained, start = better(1.3), policy().freeze()
+    sampling = replace(SAMPLING, temperature=temperature)
+    found = judged(tmp_path / "run", trained, sampling=sampling)["kl_nats"]["mean"]
+    with Run.open(tmp_path / "again", config={}, seed=0) as run:
+        _, b = (p.sample(list(task().held_out), judge.ANSWERS, sampling, run.rng) for p in (start, trained))
+    with torch.no_grad():
+        logits = [p.model(input_ids=b.tokens).logits[:, :-1] for p in (trained, start)]
+    want = {}
+    for T in (temperature, 1.0):
+        p, q = (torch.log_softmax(x / T, -1) for x in logits)
+        want[T] = float(torch.where(b.action[:, 1:], (p.exp() * (p - q)).sum(-1), 0.0).sum(-1).mean())
+    assert found == pytest.approx(want[temperature], rel=1e-3)
+    assert found != pytest.approx(want[1.0], rel=0.5)
+
+
+def test_greedy_responses_are_measured_at_temperature_1(tmp_path: Path) -> None:
+    found = judged(tmp_path / "run", better(), sampling=replace(SAMPLING, temperature=0.0))["kl_nats"]["mean"]
+    b = better().sample(list(task().held_out), 1, replace(SAMPLING, temperature=0.0), torch.Generator())
+    assert found == pytest.approx(float(better().kl_to(policy(), b).sum(-1).mean()), rel=1e-4)
 
 
 def test_rows_without_a_verdict_leave_the_means(tmp_path: Path) -> None:

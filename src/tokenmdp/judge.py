@@ -1,10 +1,12 @@
 """What training gained, judged where it did not train: the start and the trained policy side by side on held-out prompts.
 
     gain = E_prompts [ E score(y ~ π) − E score(y ~ π_start) ],      paired by prompt
-    KL   = E Σ_t KL( π(· | s_t) ‖ π_start(· | s_t) ),                exact at every state visited, nats a response
+    KL   = E Σ_t KL( π_T(· | s_t) ‖ π_start,T(· | s_t) ),            exact at every state visited, nats a response
 
-Both policies answer the same prompts. Intervals resample prompts, not responses: responses to one prompt are no
-independent evidence about the next prompt.
+Both policies answer the same prompts, at the temperature T. Top-k and top-p decide which states are visited and do not
+enter the KL there: it is that of the whole distributions. Greedy responses (T = 0) have no finite KL; in their states that of
+T = 1 is given. Intervals resample prompts, not responses: responses to one prompt are no independent evidence about the next
+prompt.
 """
 
 from __future__ import annotations
@@ -55,7 +57,8 @@ def held_out(
     both = seen_before & seen_after
     if not both.any():
         return {"held_out": f"{reward.name} gave no verdict on any of the {len(prompts)} held-out prompts"}
-    divergence = in_parts(lambda part: {"kl": trained.kl_to(start, part)}, answers[1])["kl"]
+    T = sampling.temperature or 1.0
+    divergence = in_parts(lambda part: {"kl": trained.kl_to(start, part, T)}, answers[1])["kl"]
     nats = divergence.sum(-1).double().cpu().numpy().reshape(-1, ANSWERS).mean(1)
     return {
         "held_out": {

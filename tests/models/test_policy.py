@@ -205,15 +205,16 @@ def test_the_divergence_is_the_sum_over_the_vocabulary(double: Policy) -> None:
     assert bool((found[b.action] > 0).all())
 
 
-def test_along_responses_divergences_add_up_to_that_of_whole_responses() -> None:
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_along_responses_divergences_add_up_to_that_of_whole_responses(temperature: float) -> None:
     """The chain rule, with every response of a four-token model enumerated."""
     policy, other = tiny("llama", vocabulary=4), tiny("llama", vocabulary=4, seed=1)
     policy.model.double()
     other.model.double()
     world = Exact((1, 2), 4, 3, eos=EOS)
     with torch.no_grad():
-        logp, logp_other = (m.evaluate(world.batch)["logp"] for m in (policy, other))
-    along = expectation(world.probability(logp), policy.kl_to(other, world.batch).sum(1))
+        logp, logp_other = (m.evaluate(world.batch, temperature=temperature)["logp"] for m in (policy, other))
+    along = expectation(world.probability(logp), policy.kl_to(other, world.batch, temperature).sum(1))
     assert float(along) == pytest.approx(float(world.kl(logp, logp_other)), abs=1e-12)
 
 

@@ -44,12 +44,14 @@ def test_the_student_comes_closer_to_the_teacher_on_its_own_prefixes(divergence:
         assert after[name] < 0.8 * before[name], name
 
 
-def test_the_distances_are_means_a_token_of_the_enumerated_divergence() -> None:
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_the_distances_are_means_a_token_of_the_enumerated_divergence(temperature: float) -> None:
     one, other = tiny("llama", vocabulary=4), tiny("llama", vocabulary=4, seed=1)
     world = Exact((1, 2), 4, 2, eos=0)
-    found = distill.distances(one, Teacher(other), world.batch)
+    found = distill.distances(one, Teacher(other), world.batch, temperature)
     with torch.no_grad():
-        p, q = (m.model(input_ids=world.batch.tokens).logits[:, :-1].softmax(-1) for m in (one, other))
+        logits = (m.model(input_ids=world.batch.tokens).logits[:, :-1] for m in (one, other))
+        p, q = ((x / temperature).softmax(-1) for x in logits)
     marked = world.batch.action[:, 1:]
     want = {
         "reverse": (p * (p / q).log()).sum(-1),

@@ -332,16 +332,19 @@ class Policy:
         return out.index_put(batch.action.nonzero(as_tuple=True), torch.cat(parts)) if parts else out
 
     @torch.no_grad()
-    def kl_to(self, reference: Policy, batch: Batch) -> Float[Tensor, "B L"]:
-        """KL(π(· | s_t) ‖ π_ref(· | s_t)) at every action position, exact over the vocabulary, in nats.
+    def kl_to(self, reference: Policy, batch: Batch, temperature: float = 1.0) -> Float[Tensor, "B L"]:
+        """KL(π_T(· | s_t) ‖ π_ref,T(· | s_t)) at every action position, exact over the vocabulary, in nats.
 
-        Summed along responses drawn from π it is the Rao-Blackwellised, unbiased estimate of the KL between the two
+        Summed along responses drawn from π_T it is the Rao-Blackwellised, unbiased estimate of the KL between the two
         distributions over responses (chain rule).
+
+        Args:
+            temperature: T, that of the responses, above 0: both policies' logits are divided by it first.
 
         Raises:
             ValueError: the two vocabularies differ in size.
         """
-        return self.divergence(reference, batch)
+        return self.divergence(reference, batch, temperature=temperature)
 
     @torch.no_grad()
     def next_mass(self, prompts: Sequence[Prompt], sets: Sequence[Sequence[int]]) -> Float[Tensor, "S N"]:

@@ -151,12 +151,15 @@ def train(cfg: Config, start: Policy, teacher: Teacher, task: Task, run: Run) ->
     return policy, {"queries": float(ledger.paid.get("queries", 0))}
 
 
-def distances(student: Policy, teacher: Teacher, batch: Batch) -> dict[str, float]:
-    """How far apart they are in the states of a batch, a token: the KL of both directions, nats, and the total variation."""
+def distances(student: Policy, teacher: Teacher, batch: Batch, temperature: float = 1.0) -> dict[str, float]:
+    """How far apart they are in the states of a batch, a token: the KL of both directions, nats, and the total variation.
+
+    Both logits are divided by the temperature first: that of training, whose objective this is.
+    """
 
     def look(part: Batch) -> dict[str, Tensor]:
         names = ("forward", "reverse", "tv")
-        return {name: teacher.divergence(student, part, imitation.divergence(name)) for name in names}
+        return {name: teacher.divergence(student, part, imitation.divergence(name), temperature) for name in names}
 
     w = weights.per_token(batch.action)
     return {name: float((value * w).sum()) for name, value in in_parts(look, batch).items()}
@@ -172,7 +175,7 @@ def main(cfg: Config, run: Run) -> dict[str, object]:
     sampling = Sampling(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature)
     prompts = list(task.held_out or task.train)[: judge.PROMPTS]
     own = {
-        arm: distances(model, teacher, model.sample(prompts, 1, sampling, run.rng))
+        arm: distances(model, teacher, model.sample(prompts, 1, sampling, run.rng), cfg.temperature)
         for arm, model in (("start", start), ("trained", policy))
     }
     result: dict[str, object] = {**figures, "on_own_samples": own, **saved}
