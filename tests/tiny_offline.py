@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,8 @@ from tiny_recipes import liked_share, liking, policy, responses, task
 from tokenmdp.models import tiny as characters
 from tokenmdp.models.policy import Policy
 from tokenmdp.recipes import awr, evolution, guided, hindsight, ilql, raft, soft_q
+from tokenmdp.rewards.function import FunctionReward
+from tokenmdp.run import Run
 from tokenmdp.tasks import Task, copying
 from tokenmdp.types import Batch
 
@@ -22,6 +26,27 @@ def log(count: int = 60, share: float = 0.25, seed: int = 3) -> tuple[Batch, Ten
     """Responses somebody drew, of which about a quarter of the words are liked, and how liked each was found."""
     logged = responses(count, share, seed)
     return logged, torch.tensor(liked_share(list(logged.texts)))
+
+
+def silent_after(phases: int, answer: float | None = None) -> FunctionReward:
+    """The share of liked words in the first phases of a run; then the same answer for every response, or no verdict."""
+    asked = itertools.count()
+
+    def liked_at_first(completions: list[str], **_: Any) -> list[float] | list[float | None]:
+        return liked_share(completions) if next(asked) < phases else [answer] * len(completions)
+
+    return FunctionReward(liked_at_first, name="silent_after", max_missing=1.0)
+
+
+def scored_at_first(count: int, rows: int, folder: Path) -> tuple[Batch, Tensor]:
+    """A log in which a run of seed 0 meets rows with a score in its first step, and in the next two none."""
+    logged, score = log(count)
+    with Run.open(folder, config={}, seed=0) as run:
+        drawn = [torch.randperm(count, generator=run.rng)[:rows] for _ in range(3)]
+    known = torch.zeros(count, dtype=torch.bool)
+    known[drawn[0]] = True
+    assert not bool(known[torch.cat(drawn[1:])].any()), "the draws overlap: take other numbers"
+    return logged, torch.where(known, score, torch.nan)
 
 
 def obeying() -> tuple[Policy, Task]:

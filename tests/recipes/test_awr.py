@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tiny_models import batch
-from tiny_offline import build_awr, log
+from tiny_offline import build_awr, log, scored_at_first
 from tiny_recipes import liked_share, policy, task
 from tokenmdp.models.policy import Policy
 from tokenmdp.models.sampling import Sampling
@@ -148,6 +148,16 @@ def test_scores_that_are_missing_are_counted_and_leave_the_loss(tmp_path: Path) 
     assert [line["no_verdict"] for line in lines] == [10.0] * 3
     with torch.no_grad():
         assert torch.allclose(a.evaluate(logged)["logp"], b.evaluate(logged)["logp"], atol=1e-5)
+
+
+def test_a_step_without_a_score_is_skipped_and_counted(tmp_path: Path) -> None:
+    """Adam's momentum of the step before does not carry the policy on."""
+    data = scored_at_first(200, 6, tmp_path / "draws")
+    one, *_ = run_awr(tmp_path / "one", data, steps=1, rows=6)
+    three, *_, lines = run_awr(tmp_path / "three", data, steps=3, rows=6)
+    assert one.fingerprint() == three.fingerprint() != policy().fingerprint()
+    assert [line["skipped_updates"] for line in lines] == [0.0, 1.0, 1.0]
+    assert [line["no_verdict"] for line in lines] == [0.0, 6.0, 6.0]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tiny_offline import build_evolution
+from tiny_offline import build_evolution, silent_after
 from tiny_recipes import liked_share, policy, task
 from tokenmdp.models.parts import micro_batches
 from tokenmdp.models.policy import Policy
@@ -144,6 +144,15 @@ def test_where_no_try_is_better_nothing_changes(answer: float | None, tmp_path: 
     assert trained.fingerprint() == policy().fingerprint()
     assert [line["evolution/ties"] for line in lines] == [1.0] * 3
     assert [line["no_verdict"] for line in lines] == [0.0 if answer else 16.0] * 3
+    assert [line["skipped_updates"] for line in lines] == [1.0] * 3
+
+
+@pytest.mark.parametrize("answer", [1.0, None], ids=["equal", "no verdict"])
+def test_a_phase_that_tells_nothing_takes_no_step(answer: float | None, tmp_path: Path) -> None:
+    """Adam's momentum of the phase before does not carry the policy on."""
+    runs = [run_evolution(tmp_path / str(n), silent_after(1, answer), steps=n, train="all") for n in (1, 3)]
+    assert runs[0][0].fingerprint() == runs[1][0].fingerprint() != policy().fingerprint()
+    assert [line["skipped_updates"] for line in runs[1][2]] == [0.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize(("changes", "word"), [({"pairs": 0}, "pairs=0"), ({"sigma": 0.0}, "sigma=0.0")])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tiny_models import ragged
-from tiny_offline import build_ilql, log
+from tiny_offline import build_ilql, log, scored_at_first
 from tiny_recipes import LIKED, liked_share, policy, task
 from tokenmdp.models.policy import Policy
 from tokenmdp.models.sampling import Sampling
@@ -125,6 +125,16 @@ def test_scores_that_are_missing_are_counted(tmp_path: Path) -> None:
     score = torch.where(torch.arange(20) % 2 == 1, torch.nan, score)
     _, lines = run_ilql(tmp_path / "run", (logged, score), rows=20)
     assert [line["no_verdict"] for line in lines] == [10.0] * 4
+
+
+def test_a_step_without_a_score_is_skipped_and_counted(tmp_path: Path) -> None:
+    """Adam's momentum of the step before does not carry the policy on."""
+    data = scored_at_first(200, 6, tmp_path / "draws")
+    one, *_ = run_ilql(tmp_path / "one", data, steps=1, rows=6)
+    three, *_, lines = run_ilql(tmp_path / "three", data, steps=3, rows=6)
+    assert one.fingerprint() == three.fingerprint() != policy().fingerprint()
+    assert [line["skipped_updates"] for line in lines] == [0.0, 1.0, 1.0]
+    assert [line["no_verdict"] for line in lines] == [0.0, 6.0, 6.0]
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tiny_models import EOS, prompt, tiny
-from tiny_offline import build_soft_q
-from tiny_recipes import liked_share, task
+from tiny_offline import build_soft_q, silent_after
+from tiny_recipes import liked_share, policy, task
 from tokenmdp.models.policy import Policy
 from tokenmdp.models.sampling import Sampling
 from tokenmdp.recipes import soft_q
@@ -101,6 +101,15 @@ def test_rows_without_a_verdict_teach_nothing(tmp_path: Path) -> None:
     trained, reference, lines = run_soft_q(tmp_path / "run", reward)
     assert trained.fingerprint() == reference.fingerprint()
     assert [line["no_verdict"] for line in lines] == [16.0] * 4
+    assert all(line["skipped_updates"] > 0 and line["grad_norm"] == 0 for line in lines)
+
+
+def test_a_phase_without_a_verdict_takes_no_step(tmp_path: Path) -> None:
+    """Adam's momentum of the phase before does not carry the policy on."""
+    trained = []
+    for steps in (1, 3):
+        trained.append(run_soft_q(tmp_path / str(steps), silent_after(1), steps=steps)[0])
+    assert trained[0].fingerprint() == trained[1].fingerprint() != policy().fingerprint()
 
 
 @pytest.mark.parametrize(

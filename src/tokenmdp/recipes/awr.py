@@ -135,7 +135,9 @@ def train(cfg: Config, start: Policy, logged: Batch, score: Tensor, run: Run) ->
         part = torch.randperm(len(logged), generator=run.rng)[: cfg.rows]
         b, judged_rows = logged.select(part), rows[part]
         w = weights.per_token(b.action, judged_rows) * omega[part][:, None]
-        metrics = learner.step(loss, b, w)
+        idle = not bool((w > 0).any())  # nothing of the draw is cloned: a step would only carry Adam's momentum on
+        metrics = {"loss": 0.0, "grad_norm": 0.0} if idle else learner.step(loss, b, w)
+        metrics["skipped_updates"] = float(idle)
         metrics["objective/scores"] = float(judged.value[part][judged_rows].mean()) if bool(judged_rows.any()) else 0.0
         metrics["num_tokens"] = float(b.action.sum())
         metrics["no_verdict"] = float((~judged_rows).sum())

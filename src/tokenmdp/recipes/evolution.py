@@ -160,8 +160,10 @@ def train(
         shaped[counted] = centred_ranks(fitness[counted])
         advantage = 0.5 * (shaped[0::2] - shaped[1::2])
 
-        # 3. One step along what scored, say what happened.
-        learned = learner.step(loss, Directions(seeds, size), weights.per_row(whole), advantage=advantage)
+        # 3. One step along what scored, say what happened. Where no try was better than its opposite there is none to take.
+        w = weights.per_row(whole)
+        idle = not bool(((w > 0) & (advantage != 0)).any())
+        learned = {"grad_norm": 0.0} if idle else learner.step(loss, Directions(seeds, size), w, advantage=advantage)
         metrics = {
             "objective/scores": float(score.value[score.verdict].mean()) if bool(score.verdict.any()) else 0.0,
             "objective/scores_best": float(fitness[counted].max()) if bool(counted.any()) else 0.0,
@@ -169,6 +171,7 @@ def train(
             "evolution/ties": float((fitness[0::2] == fitness[1::2]).float().mean()),
             **measures.responses(b, score),
             "grad_norm": learned["grad_norm"],
+            "skipped_updates": float(idle),
         }
         if gold is not None:
             truth = gold(b)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tokenmdp.functional import credit, imitation, returns, value_loss, weights
+from tokenmdp.functional import credit, imitation, measures, returns, value_loss, weights
 from tokenmdp.learner import Learner
 from tokenmdp.models import catalog
 from tokenmdp.models.backbone import Backbone
@@ -161,14 +161,18 @@ def train(cfg: Config, start: Policy, logged: Batch, score: Tensor, run: Run) ->
         b, L = logged.select(part), int(logged.length[part].max())
         plain = weights.per_token(b.action, rows[part])
 
-        # 1. What each logged token was worth.
-        valued = valuer.step(value_loss_of, b, plain, reward=credit.last(outcome[part], b.action)[:, :L])
-        target.follow(cfg.target_rate)
+        acted = valued = {"loss": 0.0, "grad_norm": 0.0, "val/td_error": 0.0}
+        clipped = torch.zeros_like(b.action)
+        idle = not bool((plain > 0).any())  # no row has a score: a step would only carry Adam's momentum on
+        if not idle:
+            # 1. What each logged token was worth.
+            valued = valuer.step(value_loss_of, b, plain, reward=credit.last(outcome[part], b.action)[:, :L])
+            target.follow(cfg.target_rate)
 
-        # 2. Clone the tokens, the better ones more.
-        found = in_parts(values.read, b)
-        omega, clipped = value_loss.advantage_weight(found["q_target"] - found["value"], cfg.beta, cfg.clip)
-        acted = actor.step(policy_loss_of, b, plain * omega)
+            # 2. Clone the tokens, the better ones more.
+            found = in_parts(values.read, b)
+            omega, clipped = value_loss.advantage_weight(found["q_target"] - found["value"], cfg.beta, cfg.clip)
+            acted = actor.step(policy_loss_of, b, plain * omega)
         run.log(
             step,
             {
@@ -176,9 +180,10 @@ def train(cfg: Config, start: Policy, logged: Batch, score: Tensor, run: Run) ->
                 "loss/value_avg": valued["loss"],
                 "val/td_error": valued["val/td_error"],
                 "policy/clipfrac_avg": float((plain * clipped).sum()),
-                "objective/scores": float(judged.value[part][rows[part]].mean()) if bool(rows[part].any()) else 0.0,
+                "objective/scores": measures.mean(judged.value[part], rows[part]),
                 "grad_norm": acted["grad_norm"],
                 "critic_grad_norm": valued["grad_norm"],
+                "skipped_updates": float(idle),
                 "num_tokens": float(b.action.sum()),
                 "no_verdict": float((~rows[part]).sum()),
             },

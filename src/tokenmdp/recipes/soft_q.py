@@ -113,12 +113,16 @@ def train(
 
         # 3. Learn by regression; the target network follows, the sampler when it is due.
         learned: list[dict[str, float]] = []
+        skipped = 0
         for _ in range(cfg.epochs):
             for part in torch.randperm(len(b), generator=run.rng).chunk(cfg.minibatches):
                 mini = b.select(part)
                 L = mini.tokens.shape[1]
                 columns = {"goal": goal, "logit_ref": z["logit"], "log_z_ref": z["log_z"]}
                 w = weights.per_token(mini.action, rows=rows[part])
+                if not bool((w > 0).any()):  # no row has a verdict: a step would only carry Adam's momentum on
+                    skipped += 1
+                    continue
                 learned.append(learner.step(loss, mini, w, **{k: v[part, :L] for k, v in columns.items()}))
         target.follow(cfg.target_rate)
         if (step + 1) % cfg.sync == 0:
@@ -133,8 +137,9 @@ def train(
             "objective/kl": measures.mean(kl, rows),
             "objective/rlhf_reward": measures.mean(outcome - cfg.kl * kl, rows),
             "objective/entropy": float((now["entropy"] * weights.per_token(b.action, rows)).sum()),
-            "loss/value_avg": sum(m["loss"] for m in learned) / len(learned),
-            "grad_norm": sum(m["grad_norm"] for m in learned) / len(learned),
+            "loss/value_avg": measures.average(learned, "loss"),
+            "grad_norm": measures.average(learned, "grad_norm"),
+            "skipped_updates": float(skipped),
             **measures.responses(b, score),
             "sampling/sampling_logp_difference/mean": float(off.mean()),
             "sampling/sampling_logp_difference/max": float(off.max()),
