@@ -118,6 +118,21 @@ def test_gradients_with_the_discriminator_held_fixed_are_those_of_the_divergence
         assert torch.allclose(world.followed(world.expected(name)), -world.followed(divergence), atol=1e-12), name
 
 
+def test_what_fairl_follows() -> None:
+    """Minus the gradient of Σ ρ_E h* log ρ_π: over the horizon, and for five actions in one state by the softmax alone."""
+    world = World()
+    weighted = (world.times * world.expert * world.logit * world.own.log()).sum()
+    assert torch.allclose(world.followed(world.expected("fairl")), -world.followed(weighted), atol=1e-12)
+    rng = torch.Generator().manual_seed(0)
+    expert = torch.randn(5, dtype=torch.float64, generator=rng).softmax(0)
+    table = torch.randn(5, dtype=torch.float64, generator=rng).requires_grad_()
+    own = table.softmax(0)
+    h = (expert.log() - own.log()).detach()
+    (followed,) = torch.autograd.grad((own * adversarial.fairl(h)).sum(), table, retain_graph=True)
+    (stated,) = torch.autograd.grad((expert * h * own.log()).sum(), table)
+    assert torch.allclose(followed, -stated, rtol=0, atol=1e-14)
+
+
 def test_fairl_follows_no_divergence_and_near_the_demonstrator_the_wrong_way() -> None:
     def cosine(closeness: float) -> float:
         world = World(closeness)

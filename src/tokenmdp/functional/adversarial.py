@@ -12,7 +12,7 @@ and a reward is a function of h, one number a token:
     name      reward            value at h*: E_π[Σ_t r_t] is              gradient with h* held fixed: minus that of
     gail      log(1 + e^h)      H log 2 − KL(ρ_π ‖ ½ρ_π + ½ρ_E)           2 JS(ρ_E, ρ_π)
     airl      h                 −KL(ρ_π ‖ ρ_E)                            KL(ρ_π ‖ ρ_E)
-    fairl     −h e^h            −KL(ρ_E ‖ ρ_π)                            −(KL(ρ_E ‖ ρ_π) + Σ ρ_E log ρ_π h*), no divergence
+    fairl     −h e^h            −KL(ρ_E ‖ ρ_π)                            Σ ρ_E h* log ρ_π, h* held fixed: no divergence
     forward   e^h               H, whatever π is                          KL(ρ_E ‖ ρ_π)
 
 where KL and JS of ρ sum over all states and actions: they are those of the first t tokens, summed over t = 1..H.
