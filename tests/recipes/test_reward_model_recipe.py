@@ -32,6 +32,7 @@ def learned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def test_it_learns_a_preference(learned: Learned) -> None:
     _, figures, lines = learned
     assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-6), "it starts indifferent: −log σ(0)"
+    assert lines[0]["rewards/accuracies"] == pytest.approx(0.5), "and every pair is a tie"
     assert figures["n_pairs"] == 60
     assert figures["accuracy"] > 0.85
     assert figures["low"] < figures["accuracy"] <= figures["high"] + 1e-9

@@ -87,7 +87,7 @@ def train(
             value = preference.bradley_terry(chosen, rejected, part.margin if cfg.margin else torch.zeros_like(chosen))
         value = value + cfg.centring * preference.centring(chosen, rejected)
         return value, {
-            "rewards/accuracies": (chosen > rejected).float(),
+            "rewards/accuracies": preference.ranked_right(chosen, rejected),
             "rewards/margins": chosen - rejected,
             "rewards/chosen": chosen,
             "rewards/rejected": rejected,
