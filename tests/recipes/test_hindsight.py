@@ -93,3 +93,8 @@ def test_a_round_that_satisfies_nothing_takes_no_step(tmp_path: Path) -> None:
 def test_a_reward_that_cannot_name_what_was_met_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="liking cannot name"):
         run_hindsight(tmp_path / "run", liking())
+
+
+def test_without_chance_there_is_nothing_to_learn_from() -> None:
+    with pytest.raises(ValueError, match=r"temperature is 0.*: take one above 0"):
+        hindsight.Config(temperature=0.0)

@@ -206,3 +206,8 @@ def test_the_sampler_difference_looks_at_actions_only() -> None:
     off = torch.where(b.action, b.logp_mu + 0.25, torch.full_like(b.logp_mu, 7.0))
     found = measures.sampler_difference(b, off)
     assert found == pytest.approx({f"sampling/sampling_logp_difference/{k}": 0.25 for k in ("mean", "max")})
+
+
+def test_without_chance_there_is_nothing_to_learn_from() -> None:
+    with pytest.raises(ValueError, match=r"temperature is 0.*: take one above 0"):
+        ppo.Config(temperature=0.0)

@@ -140,7 +140,10 @@ def test_where_nothing_differs_nothing_is_learned(answer: float | None, tmp_path
         assert [line["frac_reward_zero_std"] for line in lines] == [1.0] * 3
 
 
-@pytest.mark.parametrize(("changes", "word"), [({"samples": 1}, "samples=1"), ({"sampler": "old"}, "'old'")])
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [({"samples": 1}, "samples=1"), ({"sampler": "old"}, "'old'"), ({"temperature": 0.0}, "temperature is 0")],
+)
 def test_what_it_cannot_be_asked_is_named(changes: dict[str, Any], word: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=word):
         run_raft(tmp_path / "run", **changes)

@@ -113,7 +113,13 @@ def test_a_phase_without_a_verdict_takes_no_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "word"), [({"kl": 0.0}, "kl=0.0"), ({"sync": 0}, "sync=0"), ({"lam": 1.5}, "lam=1.5")]
+    ("changes", "word"),
+    [
+        ({"kl": 0.0}, "kl=0.0"),
+        ({"sync": 0}, "sync=0"),
+        ({"lam": 1.5}, "lam=1.5"),
+        ({"temperature": 0.0}, "temperature is 0"),
+    ],
 )
 def test_what_is_outside_its_range_is_named(changes: dict[str, Any], word: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=word):

@@ -59,6 +59,12 @@ class Config:
     train: str = "all"  # all | top-N blocks | lora-R rank
     micro_tokens: int = 2048  # padded positions in a micro-batch; changes memory, never the gradient
 
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(
+                f"temperature is {self.temperature}; a policy that learns from its own draws needs chance: take one above 0"
+            )
+
 
 def relabelled(b: Batch, goals: list[str | None], policy: Policy) -> Batch | None:
     """The responses that satisfy something, each after the instruction that it does satisfy; None if none does.

@@ -65,6 +65,12 @@ class Config:
     critic_train: str = "head"  # what of the critic trains besides its head: head (nothing) | all | top-N | lora-R
     micro_tokens: int = 2048  # padded positions in a micro-batch; changes memory, never the gradient
 
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(
+                f"temperature is {self.temperature}; a policy that learns from its own draws needs chance: take one above 0"
+            )
+
 
 class KLCoefficient:
     """β, fixed or steered towards a target KL: β ← β (1 + 0.1 · clip(KL / target − 1, ±0.2)) (Ziegler et al. 2019,

@@ -54,6 +54,12 @@ class Config:
     train: str = "all"  # all | top-N blocks | lora-R rank
     micro_tokens: int = 2048  # padded positions in a micro-batch; changes memory, never the gradient
 
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(
+                f"temperature is {self.temperature}; among responses drawn without chance there is no best: take one above 0"
+            )
+
 
 def best(outcome: Tensor, group: Tensor, deviation: Tensor) -> Tensor:
     """[K] the best row of every group in which there is one.
