@@ -40,7 +40,7 @@ def nll(logp: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
     Returns:
         Nats per token.
 
-    Source: Pomerleau 1988 (behaviour cloning); Ouyang et al. 2022, section 3.1 (supervised fine-tuning).
+    Source: Pomerleau 1989 (ALVINN: behaviour cloning); Ouyang et al. 2022, section 3.1 (supervised fine-tuning).
     """
     return -logp
 

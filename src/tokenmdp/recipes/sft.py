@@ -6,7 +6,7 @@ Behaviour cloning needs demonstrations only: no reward, and no step of the dynam
 with reward 1 on the demonstrator's actions. Its errors compound where the learner's own prefixes leave the
 demonstrated ones.
 
-Source: Pomerleau 1989; for language models Ouyang et al. 2022, section 3.5 (SFT).
+Source: Pomerleau 1989 (ALVINN); for language models Ouyang et al. 2022, section 3.5 (SFT).
 Differs: every token weighs the same by default (`per_token`), over the whole batch, not the average of each
     micro-batch.
 """

@@ -3,7 +3,7 @@
     r(x, y) = (w · h̄ − shift) / scale,   h̄ = the state at the last real token, or the mean of all states up to it
 
 `shift` and `scale` are fixed once after training (mean and spread over the behaviour policy's samples), so that scores
-have mean 0 and variance 1 where RL begins (Stiennon et al. 2020, section 3.3, normalise to mean 0). Saved as the
+have mean 0 and variance 1 where RL begins (Stiennon et al. 2020, section 3.4, normalise to mean 0). Saved as the
 `AutoModelForSequenceClassification` with one label that other tools expect, and a small JSON file with shift and scale.
 """
 
