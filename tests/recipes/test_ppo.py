@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from tiny_recipes import LIKED, build_ppo, liked_share, liking, liking_reward_model, policy, task
+from tiny_recipes import LIKED, build_ppo, liked_share, liking_reward_model, policy, task
 from tokenmdp.functional import measures, policy_loss
 from tokenmdp.models.policy import Policy
 from tokenmdp.models.sampling import Sampling
 from tokenmdp.recipes import ppo
 from tokenmdp.rewards.function import FunctionReward
 from tokenmdp.run import Run
-from tokenmdp.types import Batch
+from tokenmdp.types import Batch, Score
 
 
 def run_ppo(folder: Path, seed: int = 0, **changes: Any) -> tuple[Policy, Policy, list[dict[str, float]]]:
@@ -159,14 +159,13 @@ def test_without_any_verdict_nothing_is_learned(tmp_path: Path) -> None:
 
 
 class ByToken:
-    """A reward a token, beside a value a row."""
+    """A reward a token, whose sum is the value."""
 
     name = "per_token"
 
-    def __call__(self, batch: Batch) -> Any:
-        score = liking()(batch)
+    def __call__(self, batch: Batch) -> Score:
         token = torch.where(batch.action & (batch.tokens == LIKED), 0.2, 0.0)
-        return type(score)(score.value, score.verdict, token)
+        return Score(token.sum(1), torch.ones(len(batch), dtype=torch.bool), token)
 
 
 def test_rewards_a_token_are_used_where_they_are_given(tmp_path: Path) -> None:
