@@ -13,6 +13,7 @@ from tiny_imitation import build_distill, taught
 from tiny_models import tiny
 from tiny_recipes import WORDS, policy, task
 from tokenmdp.experts import Teacher
+from tokenmdp.models import catalog
 from tokenmdp.models.sampling import Sampling
 from tokenmdp.recipes import distill
 from tokenmdp.run import Run
@@ -117,11 +118,23 @@ def test_what_a_config_cannot_mean_is_said() -> None:
 
 
 def test_main_reports_how_close_the_student_came(tmp_path: Path) -> None:
+    other = catalog.load("tiny")
+    with torch.no_grad():
+        other.model.get_output_embeddings().weight.mul_(2)
+    other.save(tmp_path / "teacher")
     cfg = distill.Config(
-        model="tiny", teacher="tiny", task="reversal", steps=1, prompts=4, rows=4, max_new_tokens=5, learning_rate=1e-3
-    )
+        model="tiny", teacher=str(tmp_path / "teacher"), task="reversal", steps=4, prompts=4, rows=4, max_new_tokens=5,
+        learning_rate=1e-2,
+    )  # fmt: skip
     with Run.open(tmp_path / "run", config={}, seed=0) as run:
         found = distill.main(cfg, run)
-    assert found["on_own_samples"]["start"]["reverse"] == pytest.approx(0.0, abs=1e-6)  # it was its own teacher
+    before, after = (found["on_own_samples"][arm]["reverse"] for arm in ("start", "trained"))
+    assert 0 < after < before
     assert set(found["on_own_samples"]["trained"]) == {"forward", "reverse", "tv"}
     assert "trained_minus_start" in found["held_out"]
+
+
+def test_a_student_that_is_its_own_teacher_learns_nothing(tmp_path: Path) -> None:
+    cfg = distill.Config(model="tiny", teacher="tiny", task="reversal", steps=1)
+    with Run.open(tmp_path / "run", config={}, seed=0) as run, pytest.raises(ValueError, match="are the same model"):
+        distill.main(cfg, run)

@@ -93,3 +93,15 @@ def test_the_classifier_learns_a_preference_too_and_knows_no_margin(tmp_path: Pa
         cfg, pieces = build_reward_model(**changes)
         with Run.open(tmp_path / message[:9], config={}, seed=0) as run, pytest.raises(ValueError, match=message):
             reward_model.train(cfg, *pieces, run=run)
+
+
+@pytest.mark.parametrize(
+    ("margins", "why"),
+    [((None, None), "none of the 2 rows has a column `margin`"), ((1.0, -1.0), "row 1: margin is -1")],
+)
+def test_margins_that_are_demanded_must_be_there(tmp_path: Path, margins: tuple[float | None, ...], why: str) -> None:
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c", "margin": m} for m in margins]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    cfg = reward_model.Config(model="tiny", data=str(tmp_path / "a.jsonl"), margin=True)
+    with Run.open(tmp_path / "run", config={}, seed=0) as run, pytest.raises(ValueError, match=why):
+        reward_model.main(cfg, run)

@@ -87,9 +87,14 @@ def train(cfg: Config, start: Policy, teacher: Teacher, task: Task, run: Run) ->
         teacher: with the student's vocabulary.
 
     Raises:
-        ValueError: the vocabularies differ, or data are wanted of the task's demonstrations and it has none.
+        ValueError: the vocabularies differ, both are the same model, or data are wanted of the task's demonstrations and it has none.
     """
     check_vocabularies(start, teacher.policy)
+    if start.fingerprint() == teacher.policy.fingerprint():
+        raise ValueError(
+            f"student {start.name} and teacher {teacher.policy.name} are the same model ({start.fingerprint()}): there is "
+            "nothing to learn; name a better one by --teacher"
+        )
     count = cfg.prompts * cfg.samples
     own = round(cfg.on_policy * count)
     if own < count and cfg.data == "demonstrations" and task.demonstrations is None:

@@ -14,7 +14,9 @@ Differs: the score is read at the last real token, found by position; scores are
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,10 +107,30 @@ def train(
     return reward, judge(reward, held_out)
 
 
+def check_margins(rows: Sequence[Mapping[str, Any]], pairs: Pairs, run: Run) -> None:
+    """See that margins are there to be demanded.
+
+    Raises:
+        ValueError: no row has one, or one is negative: the rejected side would be the better one.
+    """
+    given = [row.get("margin") is not None for row in rows]
+    if not any(given):
+        raise ValueError(f"margin is demanded (--margin), and none of the {len(rows)} rows has a column `margin`")
+    if bool((pairs.margin < 0).any()):
+        row = int((pairs.margin < 0).nonzero()[0])
+        raise ValueError(
+            f"row {row}: margin is {float(pairs.margin[row]):g}; it says how much better the chosen side is, so it is at least 0"
+        )
+    run.note(f"{sum(given)} of {len(rows)} rows have a margin; the others are taken as 0")
+
+
 def main(cfg: Config, run: Run) -> dict[str, object]:
     """Load the body and the pairs, train, save the reward model to `model/` in the run folder."""
     policy = catalog.load(cfg.model)
-    everything = data.pairs(files.rows(cfg.data), policy, cfg.max_tokens)
+    rows = files.rows(cfg.data)
+    everything = data.pairs(rows, policy, cfg.max_tokens)
+    if cfg.margin:
+        check_margins(rows, everything, run)
     learned, kept, found = comparisons.divided(everything, cfg.held_out, run.rng)
     run.note(
         f"{len(learned)} pairs, {len(kept)} held out by prompt; body {policy.name} {policy.fingerprint()}; found: {found}"
