@@ -86,6 +86,25 @@ def test_margins_are_compared_where_the_data_has_some() -> None:
     assert "margin_spearman" not in figures(scored(chosen, [0, 0, 0, 0]), None)
 
 
+def test_correlations_resample_prompts_and_not_sides_or_pairs() -> None:
+    """Fifteen prompts with one pair or four copies of it each: the same figures, and intervals as wide."""
+    rng = np.random.default_rng(4)
+    chosen, rejected = rng.normal(size=(2, 15))
+    lengths, margin = rng.integers(1, 30, size=(15, 2)).astype(float), rng.normal(size=15)
+
+    def told(times: int) -> list[dict[str, Any]]:
+        sides = [list(np.repeat(x, times)) for x in (chosen, rejected)]
+        changes = {"lengths": np.repeat(lengths, times, 0), "margin": np.repeat(margin, times)}
+        found = figures(scored(*sides, prompt=np.repeat(np.arange(15), times), **changes), None)
+        return [
+            found["margin_spearman"],
+            *(found["length"][k] for k in ("score_length_spearman", "difference_spearman")),
+        ]
+
+    for once, often in zip(told(1), told(4), strict=True):
+        assert often == pytest.approx(once)
+
+
 def test_a_reward_that_counts_words_is_found_out() -> None:
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 60, size=(200, 2)).astype(float)

@@ -93,6 +93,22 @@ def test_equal_sides_are_counted_and_only_equal_ones_refused(tmp_path: Path) -> 
     assert "3 of 24 demonstrations equal" in (tmp_path / "again" / "log.txt").read_text()
 
 
+def test_both_sides_of_a_prompt_are_one_cluster() -> None:
+    """Copies of the pairs, whose prompts they share, are no new evidence of how score and closed form agree."""
+    pairs = sides(20, 3)
+    copies = [i for i in range(20) for _ in range(4)]
+    often = Pairs(pairs.chosen.select(copies), pairs.rejected.select(copies), pairs.margin[copies])
+    reward, closed = (
+        RewardModel.from_policy(policy(), "head"),
+        LogRatio(clone(policy(), responses(32, 0.8, 9)), policy()),
+    )
+    with torch.no_grad():
+        reward.head.weight.normal_(generator=torch.Generator().manual_seed(0))
+    once, repeated = (demo_reward.judge(reward, p, closed) for p in (pairs, often))
+    assert repeated["closed_spearman"] == pytest.approx(once["closed_spearman"], abs=1e-3)
+    assert repeated["closed_spearman_ci"] == pytest.approx(once["closed_spearman_ci"], abs=1e-3)
+
+
 def test_a_reward_that_says_nothing_has_accuracy_one_half() -> None:
     figures = demo_reward.judge(RewardModel.from_policy(policy(), "head"), sides(12, 3))
     assert figures["accuracy"] == 0.5
@@ -112,7 +128,7 @@ def test_the_verb_runs_on_a_file(tmp_path: Path) -> None:
     start = policy()
     start.save(tmp_path / "start")
     clone(policy(), responses(32, 0.8, 9)).save(tmp_path / "sft")
-    rows = [{"prompt": f"w{1 + i % 5} w2", "completion": f" w3 w3 w{1 + i % 7}"} for i in range(40)]
+    rows = [{"prompt": f"w{1 + i % 11} w2", "completion": f" w3 w3 w{1 + i % 7}"} for i in range(40)]
     (tmp_path / "shown.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     base = demo_reward.Config(
         model=str(tmp_path / "start"), data=str(tmp_path / "shown.jsonl"), sft=str(tmp_path / "sft"), rows=16,

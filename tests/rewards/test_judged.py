@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -21,8 +23,8 @@ class LastToken:
 
 
 def test_accuracy_calibration_and_length():
-    chosen = batch([([1], [3]), ([1], [4, 4]), ([1], [5]), ([1], [6, 6, 9])])
-    rejected = batch([([1], [2]), ([1], [4]), ([1], [7]), ([1], [8])])
+    chosen = batch([([1], [3]), ([2], [4, 4]), ([3], [5]), ([4], [6, 6, 9])])
+    rejected = batch([([1], [2]), ([2], [4]), ([3], [7]), ([4], [8])])
     found = judge(LastToken(), Pairs(chosen, rejected, torch.zeros(4)))
     # Margins 1, 0, −2, 1 in the units that were fitted: right, a tie, wrong, right.
     assert found["accuracy"] == pytest.approx(2.5 / 4)
@@ -34,5 +36,20 @@ def test_accuracy_calibration_and_length():
 
 
 def test_nothing_is_said_of_length_where_it_does_not_vary():
-    one, other = batch([([1], [3]), ([1], [4])]), batch([([1], [2]), ([1], [5])])
-    assert "length_correlation" not in judge(LastToken(), Pairs(one, other, torch.zeros(2)))
+    one, other = batch([([i], [3 + i]) for i in (1, 2, 3)]), batch([([i], [2]) for i in (1, 2, 3)])
+    assert "length_correlation" not in judge(LastToken(), Pairs(one, other, torch.zeros(3)))
+
+
+def test_the_prompt_is_the_cluster_of_its_sides_and_pairs():
+    """Ten prompts, each pair there once or three times: copies are no new evidence. Two prompts are too few to tell."""
+    chosen = [([i], [3 + (7 * i) % 11] * (1 + i % 3)) for i in range(1, 11)]
+    rejected = [([i], [2 + (5 * i) % 7] * (1 + i % 2)) for i in range(1, 11)]
+
+    def told(times: int, prompts: int = 10) -> dict[str, Any]:
+        return judge(
+            LastToken(),
+            Pairs(batch(chosen[:prompts] * times), batch(rejected[:prompts] * times), torch.zeros(prompts * times)),
+        )
+
+    assert told(3)["length_correlation_ci"] == pytest.approx(told(1)["length_correlation_ci"])
+    assert "length_correlation" not in told(4, prompts=2)

@@ -113,7 +113,7 @@ def figures(scored: Scored, scale: float | None) -> dict[str, Any]:
         whole = np.array([found[kept.row == row].min() == 1 for row in np.unique(kept.row)], dtype=np.float64)
         out["rows_all_right"] = rate(whole)
     if bool((kept.margin != 0).any()):
-        out["margin_spearman"] = said(lambda: stats.spearman(difference, kept.margin))
+        out["margin_spearman"] = said(lambda: stats.spearman(difference, kept.margin, cluster=kept.prompt))
     if kept.subset:
         names = np.array(kept.subset)
         out["subsets"] = {name: rate(found[names == name]) for name in sorted(set(kept.subset))}
@@ -206,14 +206,17 @@ def temperature(difference: Array) -> float:
 
 
 def length_bias(scored: Scored) -> dict[str, Any]:
-    """Does the score go with length: over responses, over differences within pairs, and where the shorter one is right."""
+    """Does the score go with length: over responses, over differences within pairs, and where the shorter one is right.
+
+    The correlations' intervals resample prompts: both sides of a pair, and all pairs of a prompt, are one cluster.
+    """
     score = np.concatenate([scored.chosen, scored.rejected])
     length = np.concatenate([scored.lengths[:, 0], scored.lengths[:, 1]])
     difference, longer = scored.chosen - scored.rejected, scored.lengths[:, 0] - scored.lengths[:, 1]
-    found = right(difference)
+    found, prompt = right(difference), scored.prompt
     return {
-        "score_length_spearman": said(lambda: stats.spearman(score, length)),
-        "difference_spearman": said(lambda: stats.spearman(difference, longer)),
+        "score_length_spearman": said(lambda: stats.spearman(score, length, cluster=np.tile(prompt, 2))),
+        "difference_spearman": said(lambda: stats.spearman(difference, longer, cluster=prompt)),
         "accuracy_chosen_shorter": rate(found[longer < 0]),
         "accuracy_chosen_longer": rate(found[longer > 0]),
         "same_length": int((longer == 0).sum()),

@@ -147,7 +147,8 @@ def check_sides(pairs: Pairs, run: Run) -> None:
 
 def judge(reward: RewardModel, pairs: Pairs, closed: Reward | None = None) -> dict[str, object]:
     """Held-out pairs: accuracy with its interval, calibration of σ(r) as the chance of a demonstration, and the closed
-    form beside it: its accuracy, and the rank correlation over the responses of both sides.
+    form beside it: its accuracy, and the rank correlation over the responses of both sides, with an interval
+    that resamples prompts, where there are at least three of them.
     """
     both = Batch.concat([pairs.chosen, pairs.rejected])
     score = reward(both).value.double()
@@ -160,8 +161,9 @@ def judge(reward: RewardModel, pairs: Pairs, closed: Reward | None = None) -> di
     truth = known.value.double()
     figures |= _accuracy(truth, "closed_")
     judged = known.verdict
-    if int(judged.sum()) > 2 and len(score[judged].unique()) > 1 and len(truth[judged].unique()) > 1:
-        found = stats.spearman(score[judged].numpy(), truth[judged].numpy())
+    prompts = [both.prompts[row].ids for row in judged.nonzero()[:, 0].tolist()]
+    if len(set(prompts)) > 2 and len(score[judged].unique()) > 1 and len(truth[judged].unique()) > 1:
+        found = stats.spearman(score[judged].numpy(), truth[judged].numpy(), cluster=prompts)
         figures |= {"closed_spearman": found.mean, "closed_spearman_ci": [found.low, found.high]}
     return figures
 

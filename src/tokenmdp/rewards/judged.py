@@ -27,9 +27,11 @@ def judge(reward: Scaled, pairs: Pairs) -> dict[str, object]:
 
     Returns:
         `accuracy` with `low` and `high` (95 %, pairs as independent), `n_pairs`, `ece` and the table `calibration`, and
-        `length_correlation` (Spearman, over all responses) with its interval, where scores and lengths vary.
+        `length_correlation` (Spearman, over all responses) with its interval, which resamples prompts, where scores and
+        lengths vary and there are at least three prompts.
     """
     chosen, rejected = reward(pairs.chosen).value, reward(pairs.rejected).value
+    prompts = [p.ids for p in pairs.chosen.prompts]
     margin = (chosen - rejected) * reward.scale
     accuracy, low, high = stats.wilson(float(preference.ranked_right(chosen, rejected).sum()), len(pairs))
     sign = torch.where(torch.arange(len(pairs), device=margin.device) % 2 == 0, 1.0, -1.0)
@@ -38,10 +40,9 @@ def judge(reward: Scaled, pairs: Pairs) -> dict[str, object]:
     length = torch.cat([pairs.chosen.action.sum(-1), pairs.rejected.action.sum(-1)]).double().cpu()
     scores = torch.cat([chosen, rejected]).double().cpu()
     bias: dict[str, object] = {}
-    if bool((length != length[0]).any()) and bool(
-        (scores != scores[0]).any()
-    ):  # else there is no bias to length to see
-        found = stats.spearman(scores.numpy(), length.numpy())
+    varied = bool((length != length[0]).any()) and bool((scores != scores[0]).any())
+    if varied and len(set(prompts)) > 2:  # else there is no bias to length to see, or no telling how sure it is
+        found = stats.spearman(scores.numpy(), length.numpy(), cluster=prompts * 2)
         bias = {"length_correlation": found.mean, "length_correlation_ci": [found.low, found.high]}
     return {
         "accuracy": accuracy,
