@@ -43,7 +43,7 @@ def test_a_policy_beside_itself_has_gained_nothing_and_has_no_kl(tmp_path: Path)
 
 def test_a_changed_policy_has_kl_and_its_responses_are_kept(tmp_path: Path) -> None:
     found = judged(tmp_path / "run", better())
-    assert found["kl_nats"]["low"] > 0
+    assert found["kl_nats"]["mean"] > 0.5  # nats; its interval is that of five prompts, and wide
     lines = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
     assert [line["arm"] for line in lines] == ["start"] * 5 + ["trained"] * 5
     assert {line["row"] for line in lines} == {p.row for p in task().held_out}

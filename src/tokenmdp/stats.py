@@ -21,6 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
 CELLS_AT_ONCE = 2_000_000  # resampled cells held in memory together: 16 MB of float64
+FEW = 8  # of fewer units than this no resample reaches far enough: see `_student`
 
 
 class Interval(NamedTuple):
@@ -48,7 +49,11 @@ def bootstrap_mean(values: ArrayLike, level: float = 0.95, resamples: int = 10_0
         quantile of the resampled means at Φ(z₀ + (z₀+z) / (1 − a(z₀+z))),  z = Φ⁻¹(α'), Φ⁻¹(1−α')
         z₀ = Φ⁻¹(share of resampled means below the mean),   a = Σd³ / (6 (Σd²)^1.5),  d = x − x̄
 
-    The plain percentile interval covers too little for few prompts (92 % instead of 95 % for ten normal values).
+    The plain percentile interval covers too little for few prompts (92 % instead of 95 % for ten normal values). For
+    fewer than eight it is Student's, exact for normal values: no resampled mean leaves the values' range, which holds
+    the truth with probability 1 − 2^(1−P) only.
+
+        x̄ ± t_{P−1}(1−α/2) √( Σd² / (P (P−1)) )
 
     Args:
         values: [P] one number a prompt, or [P, k] k samples a prompt, which are averaged first (a prompt is a cluster).
@@ -68,6 +73,8 @@ def bootstrap_mean(values: ArrayLike, level: float = 0.95, resamples: int = 10_0
             f"all {len(x)} values equal {x[0]:g}: resampling them says nothing about their spread; "
             "report the number without an interval, or measure more prompts"
         )
+    if len(x) < FEW:
+        return _student(float(x.mean()), float(x.std(ddof=1) / np.sqrt(len(x))), len(x), level)
     means = np.concatenate([weight @ x for weight in _resampled(len(x), resamples, seed)])
     d = x - x.mean()
     acceleration = float((d**3).sum() / (6 * (d**2).sum() ** 1.5))
@@ -280,12 +287,14 @@ def stratified_bootstrap(
 
     Source: Agarwal et al. 2021, section 4.1 (stratified bootstrap over runs).
     Differs: the percentile interval is bias-corrected and its levels are widened for few runs, as in `bootstrap_mean`:
-    with five runs the plain one covers too little.
+    with five runs the plain one covers too little. For fewer than eight it is Student's around the statistic, with the
+    draws' own spread: the interquartile mean of normal runs is covered in 95 (two or three runs) to 97 % (four to
+    seven). Of two or three runs that is their mean, of four or five the mean of the middle two or three.
     """
     x = _runs(runs, "runs")
     index = np.random.default_rng(seed).integers(len(x), size=(_many(resamples), *x.shape))
     draws = np.array([statistic(np.take_along_axis(x, rows, axis=0)) for rows in index])
-    return _corrected(draws, float(statistic(x)), len(x), level, 0.0)
+    return _around(draws, float(statistic(x)), len(x), level)
 
 
 def improvement(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Interval:
@@ -594,9 +603,9 @@ def pass_at_k_values(right: ArrayLike, k: int) -> Array:
 def pass_at_k(right: ArrayLike, k: int, level: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Interval:
     """The mean of `pass_at_k_values` over problems, with an interval that resamples problems.
 
-    The interval is `bootstrap_mean`'s. Where every problem has the same value (none is ever solved, say) there is no
-    spread to resample: then it is `wilson`'s for as many trials as problems, which is wide enough for any values
-    between 0 and 1 with that mean.
+    The interval is `bootstrap_mean`'s, within 0 and 1. Where every problem has the same value (none is ever solved, say)
+    there is no spread to resample: then it is `wilson`'s for as many trials as problems, which is wide enough for any
+    values between 0 and 1 with that mean.
 
     Raises:
         ValueError: as `pass_at_k_values`, and for a single problem.
@@ -604,7 +613,7 @@ def pass_at_k(right: ArrayLike, k: int, level: float = 0.95, resamples: int = 10
     values = pass_at_k_values(right, k)
     if len(values) > 1 and np.ptp(values) == 0:
         return wilson(float(values.sum()), len(values), level)
-    return bootstrap_mean(values, level, resamples, seed)
+    return bounded(bootstrap_mean(values, level, resamples, seed), 0.0, 1.0)
 
 
 # ------------------------------------------------------------ what they share
@@ -625,7 +634,31 @@ def _blocks(n: int, resamples: int) -> Iterator[int]:
         yield min(at_once, resamples - start)
 
 
-def _corrected(draws: Array, estimate: float, n: int, level: float, acceleration: float) -> Interval:
+def _around(draws: Array, estimate: float, n: float, level: float) -> Interval:
+    """The interval of bootstrap draws of any statistic of n units: bias-corrected, of few units Student's."""
+    if n < FEW:
+        return _student(estimate, float(np.sqrt(n / (n - 1)) * draws.std()), n, level)
+    return _corrected(draws, estimate, n, level, 0.0)
+
+
+def _student(estimate: float, deviation: float, n: float, level: float) -> Interval:
+    """Student's interval, estimate ± t_{n−1} · deviation: exact where the n units are normal.
+
+    A resample of n units lies between the least and the greatest of them, so a bootstrap interval, at whatever levels,
+    holds the centre with probability 1 − 2^(1−n) at most: 50, 75, 88, 94 % for 2, 3, 4, 5. The deviation of resamples is
+    √((n−1)/n) times that of the estimate, and without that factor this is Student's interval of a mean.
+    """
+    half = float(scipy.stats.t.ppf(0.5 + _level(level) / 2, n - 1)) * deviation
+    return Interval(estimate, estimate - half, estimate + half)
+
+
+def bounded(interval: Interval, least: float, most: float) -> Interval:
+    """The interval without what is impossible, for a quantity with known bounds: Student's t knows of none."""
+    mean, low, high = interval
+    return Interval(mean, max(low, least), min(high, most))
+
+
+def _corrected(draws: Array, estimate: float, n: float, level: float, acceleration: float) -> Interval:
     """The BCa interval of bootstrap draws at expanded levels; see `bootstrap_mean`."""
     norm = scipy.stats.norm
     widened = -np.sqrt(n / (n - 1)) * scipy.stats.t.ppf(0.5 + _level(level) / 2, n - 1)

@@ -66,7 +66,8 @@ def rate(values: Array, cluster: Labels | None = None) -> dict[str, Any]:
     if len(values) == 0:
         return {"absent": "no such pairs", "n": 0}
     if cluster is not None and len(np.unique(cluster)) < len(cluster):
-        return {**said(lambda: stats.bootstrap_mean(by_cluster(values, cluster))), "n": len(values)}
+        means = by_cluster(values, cluster)
+        return {**said(lambda: stats.bounded(stats.bootstrap_mean(means), 0.0, 1.0)), "n": len(values)}
     return {**stats.wilson(float(values.sum()), len(values))._asdict(), "n": len(values)}
 
 

@@ -4,7 +4,8 @@
                               its start
     failure                   it crashed; a number was not finite; or it did not beat its start significantly, by the 95 %
                               interval of the difference over held-out prompts, paired by prompt, of that seed
-    aggregate                 the interquartile mean over seeds, with its stratified bootstrap interval
+    aggregate                 the interquartile mean over seeds, with its stratified bootstrap interval; of fewer than eight
+                              seeds with Student's, which is wide where there are two or three
     difference of two solvers significant where the 95 % interval of the probability of improvement leaves ½ out
 
 Intervals are 95 % each and not corrected for the number of solvers: of twenty true nulls about one would be missed.
