@@ -17,7 +17,7 @@ DAgger gets the teacher's whole distribution on the student's states, and RLHF h
 there the total variation between student and teacher, and `start` is the model before any imitation.
 
 The cost of the first T steps is fitted by a T^b at five lengths of the same responses. Intervals are 95 % and resample
-seeds, and prompts within seeds. Beside the measured exponent stands that of the worst case, a mistake never made good,
+seeds and prompts; all seeds are judged on the same prompts, so one draw of prompts serves all of them. Beside the measured exponent stands that of the worst case, a mistake never made good,
 for the error in the expert's states at these lengths. Stated before any run:
 
     bc on (a)        the exponent's interval lies above 1.5
@@ -65,7 +65,7 @@ THRESHOLDS = {
 
 def row(found: Sequence[meter.Measured], lengths: Sequence[int]) -> dict[str, Any]:
     """One kind of student at several seeds: costs, exponents, errors, worst case; curves by step are left out."""
-    figures = meter.summary(found, lengths)
+    figures = meter.summary(found, lengths, shared_prompts=True)
     figures.pop("by_step")
     seeds = [growth.exponent(lengths, m.until("distance", lengths).mean(0))[0] for m in found]
     return {**rounded(figures), "exponent_by_seed": [round(float(b), 3) if np.isfinite(b) else None for b in seeds]}
@@ -77,10 +77,11 @@ def difference(
     """What a has more than b, paired by seed and prompt: of the exponent, and of the cost of the longest responses."""
     first, second = (np.stack([m.until("distance", lengths) for m in found]) for found in (a, b))
     try:
-        slope: dict[str, Any] = growth.growth_difference(lengths, first, second)._asdict()
+        slope: dict[str, Any] = growth.growth_difference(lengths, first, second, shared_prompts=True)._asdict()
     except ValueError as why:
         slope = {"mean": None, "why": str(why)}
-    return rounded({"exponent": slope, "cost": meter.told((first - second)[:, :, -1:], lambda means: means[:, 0])})
+    cost = meter.told((first - second)[:, :, -1:], lambda means: means[:, 0], shared_prompts=True)
+    return rounded({"exponent": slope, "cost": cost})
 
 
 def rounded(value: Any) -> Any:

@@ -60,7 +60,7 @@ def test_seeds_that_differ_widen_the_interval():
     rng = np.random.default_rng(1)
     alike = np.stack([simulated(rng, 0.02, True, 40) for _ in range(5)])
     spread = np.stack([simulated(rng, error, True, 40) for error in (0.005, 0.01, 0.02, 0.05, 0.1)])
-    widths = [np.ptp(growth.growth(T, x, resamples=500)[1:]) for x in (alike, spread)]
+    widths = [np.ptp(growth.growth(T, x, resamples=500, shared_prompts=False)[1:]) for x in (alike, spread)]
     assert widths[1] > 1.5 * widths[0]
 
 
@@ -68,11 +68,22 @@ def test_a_difference_is_paired():
     rng = np.random.default_rng(2)
     errors = (0.01, 0.02, 0.03, 0.05, 0.08)
     cloned, asked = (np.stack([simulated(rng, error, narrow, 26) for error in errors]) for narrow in (True, False))
-    found = growth.growth_difference(T, asked, cloned)
+    found = growth.growth_difference(T, asked, cloned, shared_prompts=False)
     assert found.high < 0
-    assert found.mean == pytest.approx(growth.growth(T, asked).mean - growth.growth(T, cloned).mean)
+    one, other = (growth.growth(T, x, shared_prompts=False).mean for x in (asked, cloned))
+    assert found.mean == pytest.approx(one - other)
     with pytest.raises(ValueError, match="same of both"):
         growth.growth_difference(T, asked, cloned[:4])
+
+
+def test_several_seeds_must_say_whether_they_share_their_prompts():
+    cost = np.stack([simulated(np.random.default_rng(3), 0.05, True, 20)] * 3)
+    alone = growth.growth(T, cost[0])
+    # Copies of one seed, on the same prompts: they know what one knows, and not three times as much.
+    assert np.ptp(growth.growth(T, cost, shared_prompts=True)[1:]) == pytest.approx(np.ptp(alone[1:]), rel=0.1)
+    for asked in (lambda: growth.growth(T, cost), lambda: growth.growth_difference(T, cost, 2 * cost)):
+        with pytest.raises(TypeError, match="say shared_prompts"):
+            asked()
 
 
 def test_no_mistake_seen_is_no_growth():

@@ -50,29 +50,43 @@ def exponent(lengths: ArrayLike, cost: ArrayLike) -> Array:
     return np.asarray(np.where(positive, slope, np.nan), dtype=np.float64)
 
 
-def growth(lengths: ArrayLike, cost: ArrayLike, level: float = 0.95, resamples: int = 2_000, seed: int = 0) -> Interval:
+def growth(
+    lengths: ArrayLike,
+    cost: ArrayLike,
+    level: float = 0.95,
+    resamples: int = 2_000,
+    seed: int = 0,
+    shared_prompts: bool | None = None,
+) -> Interval:
     """`exponent` of the mean cost, with an interval that resamples prompts, and seeds where there are several.
 
     The lengths are of the same responses, so what is drawn is a prompt with all its lengths.
 
     Args:
         cost: [P, K] the mean cost of each prompt's responses at each length, or [S, P, K] of S seeds.
+        shared_prompts: whether prompt p is the same at all seeds; to be said where there are several.
 
     Raises:
-        ValueError: as `stats.bootstrap_of_means`, and when no mistake was seen at some length.
+        TypeError, ValueError: as `stats.bootstrap_of_means`, and when no mistake was seen at some length.
     """
     J = np.asarray(cost, dtype=np.float64)
     _seen(lengths, J)
-    return stats.bootstrap_of_means(J, lambda means: exponent(lengths, means), level, resamples, seed)
+    return stats.bootstrap_of_means(J, lambda means: exponent(lengths, means), level, resamples, seed, shared_prompts)
 
 
 def growth_difference(
-    lengths: ArrayLike, a: ArrayLike, b: ArrayLike, level: float = 0.95, resamples: int = 2_000, seed: int = 0
+    lengths: ArrayLike,
+    a: ArrayLike,
+    b: ArrayLike,
+    level: float = 0.95,
+    resamples: int = 2_000,
+    seed: int = 0,
+    shared_prompts: bool | None = None,
 ) -> Interval:
     """The exponent of a less that of b, paired: seed s and prompt p of both are drawn together.
 
     Raises:
-        ValueError: as `growth`, and when the shapes differ.
+        TypeError, ValueError: as `growth`, and when the shapes differ.
     """
     first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if first.shape != second.shape:
@@ -86,7 +100,8 @@ def growth_difference(
     def difference(means: Array) -> Array:
         return exponent(lengths, means[:, :K]) - exponent(lengths, means[:, K:])
 
-    return stats.bootstrap_of_means(np.concatenate([first, second], -1), difference, level, resamples, seed)
+    both = np.concatenate([first, second], -1)
+    return stats.bootstrap_of_means(both, difference, level, resamples, seed, shared_prompts)
 
 
 def worst_case(error: float, lengths: ArrayLike) -> Array:

@@ -111,25 +111,41 @@ def bootstrap_of_means(
     level: float = 0.95,
     resamples: int = 2_000,
     seed: int = 0,
+    shared_prompts: bool | None = None,
 ) -> Interval:
     """A function of several means, such as a ratio or a slope, with a bootstrap interval that resamples prompts.
 
         f( x̄_1, ..., x̄_K ),   all K columns of a prompt drawn together
 
-    With several seeds, first the seeds are drawn and then prompts within each: what a run is like is as much chance as
-    what a prompt is like. Bias-corrected, at levels widened for few seeds (for one seed: prompts), as `bootstrap_mean`
-    without its acceleration.
+    With several seeds these are drawn as well: what a run is like is as much chance as what a prompt is like. Where all
+    seeds answer the same prompts, seeds and prompts are crossed, and one draw of prompts serves all seeds:
+
+        x̄ = Σ_s Σ_p w_s v_p x_sp / (S P),   w, v how often a seed and a prompt was drawn
+
+    so that what prompt p costs at every seed varies the mean as σ²/P, and not as σ²/(SP). Where each seed has prompts of
+    its own, prompts are drawn within the drawn seeds, anew for each.
+
+    Bias-corrected, at the levels of `bootstrap_mean` without its acceleration, for as many units as there are prompts
+    (of one seed), seeds (with prompts of their own), or, where crossed,
+
+        1 + (A + B)² / ( A²/(S−1) + B²/(P−1) ),   A, B the variance with only the seeds, or only the prompts, drawn
+
+    For fewer than eight units it is Student's interval.
 
     Args:
         values: [P, K] K numbers a prompt, or [S, P, K] those of each of S seeds (one seed is the same as [P, K]).
         function: maps means [R, K] to numbers [R], a row at a time; NaN where a number cannot be told. Such resamples
             are left out.
+        shared_prompts: whether row p is the same prompt at all seeds; to be said where there are several seeds.
 
     Raises:
+        TypeError: several seeds, and `shared_prompts` is not given.
         ValueError: for another shape, a value that is not finite, a single prompt of a single seed, a function that says
             nothing of the values themselves or of most resamples, or resamples that are all equal.
 
-    Source: Efron and Tibshirani 1993, section 14.3; Davison and Hinkley 1997, section 3.8 (resampling at two levels).
+    Source: Efron and Tibshirani 1993, section 14.3; crossed: Owen 2007, "The pigeonhole bootstrap", section 3 (what is
+    particular to a seed and a prompt together counts up to three times: cautious); nested: Davison and Hinkley 1997,
+    section 3.8; the units: Satterthwaite 1946.
     """
     x = np.asarray(values, dtype=np.float64)
     x = x[None] if x.ndim == 2 else x
@@ -137,18 +153,21 @@ def bootstrap_of_means(
         raise ValueError(f"values have shape {x.shape}: give [prompts, columns] or [seeds, prompts, columns]")
     _finite(x, "values")
     S, P, _ = x.shape
-    n = S if S > 1 else P
-    if n < 2:
+    if S == P == 1:
         raise ValueError("values of one prompt and one seed: there is nothing to resample")
+    if S > 1 and shared_prompts is None:
+        raise TypeError(
+            f"values of {S} seeds: say shared_prompts=True where row p is the same prompt at all of them, False where each "
+            "seed has prompts of its own"
+        )
     estimate = float(function(x.mean(axis=(0, 1))[None])[0])
-    rng = np.random.default_rng(seed)
-    draws = []
-    for rows in _blocks(S * P, resamples):
-        seeds = rng.multinomial(S, np.full(S, 1 / S), size=rows) if S > 1 else np.ones((rows, 1), dtype=np.int64)
-        # A seed drawn twice brings two independent draws of its prompts.
-        weight = rng.multinomial(P * seeds, np.full(P, 1 / P)) / (S * P) if P > 1 else seeds[..., None] / S
-        draws.append(function(np.einsum("rsp,spk->rk", weight, x)))
-    drawn = np.concatenate(draws)
+    if S > 1 and not shared_prompts:
+        n: float = S
+        drawn = np.concatenate([function(means) for means in _nested(x, resamples, seed)])
+    else:
+        three = [[function(means) for means in drawn] for drawn in _crossed(x, resamples, seed)]
+        drawn, by_seed, by_prompt = (np.concatenate(part) for part in zip(*three, strict=True))
+        n = _units((by_seed, S), (by_prompt, P))
     drawn = drawn[np.isfinite(drawn)]
     if not np.isfinite(estimate) or len(drawn) < resamples / 2:
         raise ValueError(
@@ -158,7 +177,40 @@ def bootstrap_of_means(
         raise ValueError(
             f"all resamples give {estimate:g}: they say nothing about its spread; report it without an interval"
         )
-    return _corrected(drawn, estimate, n, level, 0.0)
+    return _around(drawn, estimate, n, level)
+
+
+def _crossed(x: Array, resamples: int, seed: int) -> Iterator[tuple[Array, Array, Array]]:
+    """Blocks of means [R, K] of resampled [S, P, K]: seeds and prompts drawn, the seeds only, the prompts only."""
+    S, P, K = x.shape
+    rng = np.random.default_rng(seed)
+    for rows in _blocks(S * K + P, resamples):
+        w = rng.multinomial(S, np.full(S, 1 / S), size=rows) / S
+        v = rng.multinomial(P, np.full(P, 1 / P), size=rows) / P
+        of_seed = np.tensordot(v, x, axes=(1, 1))  # [R, S, K]
+        yield np.einsum("rs,rsk->rk", w, of_seed), w @ x.mean(axis=1), of_seed.mean(axis=1)
+
+
+def _nested(x: Array, resamples: int, seed: int) -> Iterator[Array]:
+    """Blocks of means [R, K] of resampled [S, P, K]: seeds drawn, and prompts within each."""
+    S, P, _ = x.shape
+    rng = np.random.default_rng(seed)
+    for rows in _blocks(S * P, resamples):
+        seeds = rng.multinomial(S, np.full(S, 1 / S), size=rows)
+        # A seed drawn twice brings two independent draws of its prompts.
+        weight = rng.multinomial(P * seeds, np.full(P, 1 / P)) / (S * P)
+        yield np.einsum("rsp,spk->rk", weight, x)
+
+
+def _units(*parts: tuple[Array, int]) -> float:
+    """How many units a sum of two variances is as sure as: Satterthwaite's degrees of freedom, and one."""
+    top, bottom = 0.0, 0.0
+    for drawn, n in parts:
+        if n > 1:
+            known = drawn[np.isfinite(drawn)]
+            variance = float(known.var()) * n / (n - 1) if len(known) else 0.0
+            top, bottom = top + variance, bottom + variance**2 / (n - 1)
+    return 1 + top**2 / bottom if bottom > 0 else min(n for _, n in parts if n > 1)
 
 
 def wilson(successes: float, n: float, level: float = 0.95) -> Interval:

@@ -76,9 +76,15 @@ def test_a_run_that_was_finished_is_read_again(tmp_path: Path) -> None:
 
 def test_several_seeds_are_one_summary(tmp_path: Path) -> None:
     students = [measured("narrow", tmp_path / str(s), samples=4) for s in range(3)]
-    both = meter.summary(students, LENGTHS)
+    both = meter.summary(students, LENGTHS, shared_prompts=True)
     alone = [meter.summary([m], LENGTHS) for m in students]
     assert cost_of(both, "mistakes") == pytest.approx(np.mean([cost_of(s, "mistakes") for s in alone], axis=0))
+    with pytest.raises(TypeError, match="say shared_prompts"):
+        meter.summary(students, LENGTHS)
+    # Copies of one student on the same prompts are no new evidence of its cost.
+    copies = meter.summary([students[0]] * 3, LENGTHS, shared_prompts=True)
+    widths = [np.ptp([found["cost"]["mistakes"][-1][end] for end in ("low", "high")]) for found in (copies, alone[0])]
+    assert widths[0] == pytest.approx(widths[1], rel=0.1)
 
 
 def test_a_teacher_model_is_compared_state_by_state(tmp_path: Path) -> None:

@@ -272,26 +272,34 @@ def _by_step(batch: Batch, cost: Mapping[str, Tensor], prompts: int, T: int) -> 
 # ------------------------------------------------------------ what it says
 
 
-def summary(found: Sequence[Measured], lengths: Sequence[int]) -> dict[str, Any]:
+def summary(found: Sequence[Measured], lengths: Sequence[int], shared_prompts: bool | None = None) -> dict[str, Any]:
     """Costs, exponents and errors of a student, or of the same kind of student at several seeds; each with its 95 %
     interval over prompts (and seeds), or alone where nothing varies.
 
     Args:
         lengths: the T.
+        shared_prompts: whether row p is the same prompt at all seeds; to be said where there are several.
+
+    Raises:
+        TypeError: several seeds, and `shared_prompts` is not given.
     """
+
+    def said(values: Array, function: Callable[[Array], Array]) -> dict[str, float | None]:
+        return told(values, function, shared_prompts)
+
     out: dict[str, Any] = {"lengths": list(lengths), "cost": {}, "exponent": {}}
     for kind in KINDS:
         until = np.stack([m.until(kind, lengths) for m in found])
-        out["cost"][kind] = [told(until[:, :, [k]], lambda means: means[:, 0]) for k in range(len(lengths))]
-        out["exponent"][kind] = _growth(lengths, until)
+        out["cost"][kind] = [said(until[:, :, [k]], lambda means: means[:, 0]) for k in range(len(lengths))]
+        out["exponent"][kind] = _growth(lengths, until, shared_prompts)
     errors = np.stack([m.errors() for m in found])
     out["error"] = {
-        "own_states": told(errors, lambda m: m[:, 0] / m[:, 1]),
-        "shown_states": told(errors, lambda m: m[:, 2] / m[:, 3]),
-        "ratio": told(errors, lambda m: m[:, 0] / m[:, 1] * m[:, 3] / np.where(m[:, 2] > 0, m[:, 2], np.nan)),
+        "own_states": said(errors, lambda m: m[:, 0] / m[:, 1]),
+        "shown_states": said(errors, lambda m: m[:, 2] / m[:, 3]),
+        "ratio": said(errors, lambda m: m[:, 0] / m[:, 1] * m[:, 3] / np.where(m[:, 2] > 0, m[:, 2], np.nan)),
     }
     mistakes = np.stack([m.errors("mistakes") for m in found])
-    out["teachers_own_mistakes_a_step"] = told(mistakes, lambda m: m[:, 2] / m[:, 3])
+    out["teachers_own_mistakes_a_step"] = said(mistakes, lambda m: m[:, 2] / m[:, 3])
     out["still_going"] = [float(np.mean([m.going[:, T - 1].mean() for m in found])) for T in lengths]
     error = out["error"]["shown_states"]["mean"]
     worst = growth.worst_case(min(1.0, error), lengths)
@@ -308,18 +316,20 @@ def summary(found: Sequence[Measured], lengths: Sequence[int]) -> dict[str, Any]
     return out
 
 
-def told(values: Array, function: Callable[[Array], Array]) -> dict[str, float | None]:
+def told(
+    values: Array, function: Callable[[Array], Array], shared_prompts: bool | None = None
+) -> dict[str, float | None]:
     """An interval as results files write it; the number alone where resampling has nothing to say of it."""
     try:
-        return stats.bootstrap_of_means(values, function)._asdict()
+        return stats.bootstrap_of_means(values, function, shared_prompts=shared_prompts)._asdict()
     except ValueError:
         alone = float(function(values.mean(axis=(0, 1))[None])[0])
         return {"mean": alone if np.isfinite(alone) else None}
 
 
-def _growth(lengths: Sequence[int], until: Array) -> dict[str, Any]:
+def _growth(lengths: Sequence[int], until: Array, shared_prompts: bool | None) -> dict[str, Any]:
     try:
-        return growth.growth(lengths, until)._asdict()
+        return growth.growth(lengths, until, shared_prompts=shared_prompts)._asdict()
     except ValueError as why:
         slope = float(growth.exponent(lengths, until.mean(axis=(0, 1)))[0])
         return {"mean": slope if np.isfinite(slope) else None, "why": str(why)}
