@@ -17,8 +17,9 @@ DAgger gets the teacher's whole distribution on the student's states, and RLHF h
 there the total variation between student and teacher, and `start` is the model before any imitation.
 
 The cost of the first T steps is fitted by a T^b at five lengths of the same responses. Intervals are 95 % and resample
-seeds and prompts; all seeds are judged on the same prompts, so one draw of prompts serves all of them. Beside the measured exponent stands that of the worst case, a mistake never made good,
-for the error in the expert's states at these lengths. Stated before any run:
+seeds and prompts; all seeds are judged on the same prompts, so one draw of prompts serves all of them. Beside
+the measured exponent stands that of the worst case, a mistake never made good, for the error in the expert's states at
+these lengths. Stated before any run:
 
     bc on (a)        the exponent's interval lies above 1.5
     bc on (b)        the exponent's interval lies between 0.8 and 1.2

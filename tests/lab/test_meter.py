@@ -81,6 +81,17 @@ def test_several_seeds_are_one_summary(tmp_path: Path) -> None:
     assert cost_of(both, "mistakes") == pytest.approx(np.mean([cost_of(s, "mistakes") for s in alone], axis=0))
     with pytest.raises(TypeError, match="say shared_prompts"):
         meter.summary(students, LENGTHS)
+    # A mistake more or less is much for two prompts, but no cost is below 0.
+    few = [
+        meter.Measured(
+            {kind: cost[:2] for kind, cost in m.own.items()},
+            {kind: cost[:2] for kind, cost in m.shown.items()},
+            m.going[:2],
+            m.shown_going[:2],
+        )
+        for m in students
+    ]
+    assert meter.summary(few, LENGTHS, shared_prompts=True)["cost"]["mistakes"][-1]["low"] == 0.0
     # Copies of one student on the same prompts are no new evidence of its cost.
     copies = meter.summary([students[0]] * 3, LENGTHS, shared_prompts=True)
     widths = [np.ptp([found["cost"]["mistakes"][-1][end] for end in ("low", "high")]) for found in (copies, alone[0])]

@@ -285,7 +285,7 @@ def summary(found: Sequence[Measured], lengths: Sequence[int], shared_prompts: b
     """
 
     def said(values: Array, function: Callable[[Array], Array]) -> dict[str, float | None]:
-        return told(values, function, shared_prompts)
+        return told(values, function, shared_prompts, least=0.0)  # costs, errors and their ratio are none below
 
     out: dict[str, Any] = {"lengths": list(lengths), "cost": {}, "exponent": {}}
     for kind in KINDS:
@@ -317,11 +317,17 @@ def summary(found: Sequence[Measured], lengths: Sequence[int], shared_prompts: b
 
 
 def told(
-    values: Array, function: Callable[[Array], Array], shared_prompts: bool | None = None
+    values: Array,
+    function: Callable[[Array], Array],
+    shared_prompts: bool | None = None,
+    least: float = -np.inf,
 ) -> dict[str, float | None]:
-    """An interval as results files write it; the number alone where resampling has nothing to say of it."""
+    """An interval as results files write it, none of it below `least`; the number alone where resampling has nothing to
+    say of it.
+    """
     try:
-        return stats.bootstrap_of_means(values, function, shared_prompts=shared_prompts)._asdict()
+        found = stats.bootstrap_of_means(values, function, shared_prompts=shared_prompts)
+        return stats.bounded(found, least, np.inf)._asdict()
     except ValueError:
         alone = float(function(values.mean(axis=(0, 1))[None])[0])
         return {"mean": alone if np.isfinite(alone) else None}
