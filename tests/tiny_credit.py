@@ -15,10 +15,11 @@ from tokenmdp.types import Batch
 CLOSES = 4  # the word that closes a step
 WRONG_STEP = 5  # an inner step with this word is wrong; the answer does not show it
 WRONG_ANSWER = 6  # a last step with this word is wrong, and so is the response
+ASKED = (1, 2, 3, 7, 8, 9, 10, 11)  # what prompts are made of: no word that says anything of a step
 
 
 def in_steps(count: int, seed: int, most: int = 3) -> tuple[Batch, torch.Tensor, torch.Tensor]:
-    """Responses of `most` steps of two words, three in ten of them wrong, and the labels of the steps."""
+    """Responses of `most` steps of two words, three in ten of them wrong, and the labels of the steps; to 120 prompts."""
     rng = torch.Generator().manual_seed(seed)
     rows, labels = [], []
     for i in range(count):
@@ -31,13 +32,13 @@ def in_steps(count: int, seed: int, most: int = 3) -> tuple[Batch, torch.Tensor,
                 words[int(torch.randint(2, (), generator=rng))] = WRONG_ANSWER if k == most - 1 else WRONG_STEP
             response += [*words, CLOSES]
             marks[len(response) - 1] = float(not wrong)
-        rows.append(([2 + i % 2, 2], [*response, EOS]))
+        rows.append(([ASKED[i % 8], ASKED[i // 8 % 5], ASKED[i // 40 % 3]], [*response, EOS]))
         labels.append(marks)
     b = batch(rows)
     label, mask = torch.zeros(b.tokens.shape), torch.zeros_like(b.action)
     for row, marks in enumerate(labels):
         for at, y in marks.items():
-            label[row, 2 + at], mask[row, 2 + at] = y, True
+            label[row, 3 + at], mask[row, 3 + at] = y, True
     return b, label, mask
 
 

@@ -143,9 +143,9 @@ def bootstrap_of_means(
         ValueError: for another shape, a value that is not finite, a single prompt of a single seed, a function that says
             nothing of the values themselves or of most resamples, or resamples that are all equal.
 
-    Source: Efron and Tibshirani 1993, section 14.3; crossed: Owen 2007, "The pigeonhole bootstrap", section 3 (what is
-    particular to a seed and a prompt together counts up to three times: cautious); nested: Davison and Hinkley 1997,
-    section 3.8; the units: Satterthwaite 1946.
+    Source: Efron and Tibshirani 1993, section 14.3; crossed: Owen 2007, "The pigeonhole bootstrap" (what is particular
+    to a seed and a prompt together counts up to three times: cautious); nested: Davison and Hinkley 1997, section 3.8; the
+    units: Satterthwaite 1946.
     """
     x = np.asarray(values, dtype=np.float64)
     x = x[None] if x.ndim == 2 else x
@@ -218,7 +218,7 @@ def wilson(successes: float, n: float, level: float = 0.95) -> Interval:
 
         (s + z²/2) / (n + z²)  ±  z √(n p q + z²/4) / (n + z²),    p = s/n, q = 1 − p, z = Φ⁻¹((1+level)/2)
 
-    Trials are taken as independent; several pairs of one prompt are not (use `bootstrap_mean` on the rate per prompt).
+    Trials are taken as independent; several pairs of one prompt are not (use `clustered_wilson`).
 
     Args:
         successes: number of successes; a tie may count one half.
@@ -239,6 +239,43 @@ def wilson(successes: float, n: float, level: float = 0.95) -> Interval:
     # At 0 or n successes the interval ends at the estimate exactly; rounding must not put it a hair inside.
     low, high = min(p, max(centre - half, 0.0)), max(p, min(centre + half, 1.0))
     return Interval(p, float(low), float(high))
+
+
+def clustered_wilson(values: ArrayLike, cluster: Iterable[Hashable], level: float = 0.95) -> Interval:
+    """A proportion over trials of which some belong together, with Wilson's interval for as many trials as they are worth.
+
+        v  = C/(C−1) Σ_c ( Σ_{i∈c} (y_i − p) )² / N²          the variance of p if C clusters are drawn
+        n* = p q / v · ( z / t_{C−1} )²,   at most N           trials that are worth as much
+
+    Pairs of one prompt, or steps of its responses, share its difficulty: as independent trials they count too often.
+    Where no two trials share a cluster it is `wilson`. Where clusters say nothing of their spread (there is one, or all
+    have the same rate) there are as many trials as clusters.
+
+    Args:
+        values: [N] 1 for a success, 0 for none, ½ for a tie.
+        cluster: [N] a label each, such as the prompt.
+
+    Raises:
+        ValueError: no values, one outside [0, 1], or another number of labels.
+
+    Source: Korn and Graubard 1998 (effective sample size, with t for few clusters); with Wilson's interval: Franco et al.
+    2019; v: Cochran 1977, chapter 9A (clusters of unequal sizes). Resampling clusters instead covers less where they are
+    few or the rate is near 1 (88 for 96 %, three to eight clusters).
+    """
+    y = _vector(values, "values")
+    if y.min() < 0 or y.max() > 1:
+        raise ValueError(f"values span {y.min():g} to {y.max():g}: a success is 1, none is 0, a tie ½")
+    which = _numbered(cluster, len(y))
+    N, C, p = len(y), int(which.max()) + 1, float(y.mean())
+    trials: float = C
+    if 1 < C < N:
+        residual = np.bincount(which, weights=y - p)
+        variance = C / (C - 1) * float(residual @ residual) / N**2
+        if variance > 1e-12 * p * (1 - p) and p * (1 - p) > 0:
+            tail = 0.5 + _level(level) / 2
+            fewer = float((scipy.stats.norm.ppf(tail) / scipy.stats.t.ppf(tail, C - 1)) ** 2)
+            trials = min(float(N), p * (1 - p) / variance * fewer)
+    return wilson(p * trials, trials, level)
 
 
 # ------------------------------------------------------------ predicted probabilities

@@ -105,6 +105,8 @@ def test_both_sides_of_a_prompt_are_one_cluster() -> None:
     with torch.no_grad():
         reward.head.weight.normal_(generator=torch.Generator().manual_seed(0))
     once, repeated = (demo_reward.judge(reward, p, closed) for p in (pairs, often))
+    ends = [found["accuracy_ci"][1] - found["accuracy_ci"][0] for found in (once, repeated)]
+    assert ends[1] > 0.9 * ends[0], "eighty independent trials would have half the width"
     assert repeated["closed_spearman"] == pytest.approx(once["closed_spearman"], abs=1e-3)
     assert repeated["closed_spearman_ci"] == pytest.approx(once["closed_spearman_ci"], abs=1e-3)
 

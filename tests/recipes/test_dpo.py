@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tiny_models import EOS, batch, tiny
+from tiny_models import EOS, batch, prompt, tiny
 from tiny_preferences import build_dpo
 from tiny_recipes import preferences
+from tokenmdp import stats
 from tokenmdp.functional import preference, weights
 from tokenmdp.learner import Learner
 from tokenmdp.models import catalog
@@ -157,6 +159,22 @@ def test_chosen_responses_that_fall_are_found_and_explained(tmp_path: Path, loss
         assert figures["chosen_fell_low"] < figures["chosen_fell"] <= figures["chosen_fell_high"]
         # both curves are there to see it
         assert lines[-1]["held_out/logps/chosen"] == figures["logp_chosen"]
+
+
+def test_pairs_of_one_prompt_are_one_cluster() -> None:
+    """Forty pairs of forty prompts have Wilson's interval; each there five times, they are no more than they were."""
+    cfg, pairs = dpo.Config(), preferences(40)
+    asked = tuple(prompt(1 + i % 8, 1 + i // 8) for i in range(40))
+    own = Pairs(replace(pairs.chosen, prompts=asked), replace(pairs.rejected, prompts=asked), pairs.margin)
+    rng = torch.Generator().manual_seed(0)
+    now, before = ((torch.randn(40, generator=rng), torch.randn(40, generator=rng)) for _ in range(2))
+    once = dpo.judge(cfg, before, now, own)
+    assert (once["low"], once["high"]) == pytest.approx(stats.wilson(40 * once["accuracy"], 40)[1:])
+    copies = [i for i in range(40) for _ in range(5)]
+    five = [(side[0][copies], side[1][copies]) for side in (before, now)]
+    often = dpo.judge(cfg, *five, own.select(copies))
+    for low, high in (("low", "high"), ("chosen_fell_low", "chosen_fell_high")):
+        assert often[high] - often[low] == pytest.approx(once[high] - once[low], rel=0.1)
 
 
 def test_the_explanation_needs_both_a_fall_and_a_growing_margin() -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tiny_models import EOS, batch
+from tiny_models import EOS, batch, prompt
 from tiny_preferences import build_kto, judged
 from tiny_recipes import policy as fresh
+from tokenmdp import stats
 from tokenmdp.models import catalog
 from tokenmdp.recipes import kto
 from tokenmdp.run import Run
@@ -44,6 +46,18 @@ def test_it_learns_from_labels_alone(tmp_path: Path) -> None:
     assert figures["reference"] == reference
     assert f"reference llama {reference}" in said
     assert policy.fingerprint() != reference
+
+
+def test_responses_to_one_prompt_are_one_cluster() -> None:
+    """Forty responses to forty prompts have Wilson's interval; each there five times, they are no more than they were."""
+    cfg, (b, good) = kto.Config(), judged(40)
+    b = replace(b, prompts=tuple(prompt(1 + i % 8, 1 + i // 8) for i in range(40)))
+    now, before = torch.randn(2, 40, generator=torch.Generator().manual_seed(0))
+    once = kto.judge(cfg, b, before, now, good, now - before)
+    assert (once["low"], once["high"]) == pytest.approx(stats.wilson(40 * once["accuracy"], 40)[1:])
+    copies = [i for i in range(40) for _ in range(5)]
+    often = kto.judge(cfg, b.select(copies), *(x[copies] for x in (before, now, good, now - before)))
+    assert often["high"] - often["low"] == pytest.approx(once["high"] - once["low"], rel=0.1)
 
 
 def test_means_are_over_the_rows_of_one_label(tmp_path: Path) -> None:

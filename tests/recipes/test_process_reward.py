@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 
 from tiny_credit import CLOSES, build_process_reward, in_steps
 from tiny_recipes import policy
+from tokenmdp import stats
+from tokenmdp.learner import Learner
 from tokenmdp.models.catalog import tiny as character_model
 from tokenmdp.recipes import process_reward
 from tokenmdp.rewards.reward_model import RewardModel
@@ -30,9 +33,37 @@ def learn(folder: Path, count: int = 240, **changes: Any) -> Learned:
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Learned]:
-    """The process and the outcome reward of the same 180 responses, judged on the same 60 others."""
+    """The process and the outcome reward of the same 180 responses, judged on the same 60 others, to 30 prompts."""
     folder = tmp_path_factory.mktemp("process_reward")
     return {name: learn(folder / name, outcome=name == "outcome") for name in ("process", "outcome")}
+
+
+def test_no_prompt_is_both_learned_from_and_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve responses to three prompts: those to one are judged, all four, and none of its steps is in training."""
+    cfg, (body, *_) = build_process_reward(held_out=0.3, rows=4, epochs=1)
+    b, label, mask = in_steps(12, seed=0)
+    b = replace(b, prompts=tuple(b.prompts[row % 3] for row in range(12)))
+    seen: dict[str, set[tuple[int, ...]]] = {"learned": set(), "judged": set()}
+    step, judge = Learner.step, process_reward.judge
+
+    def watched(self: Learner, loss: Any, part: Any, *rest: Any, **columns: Any) -> Any:
+        seen["learned"] |= {p.ids for p in part.prompts}
+        return step(self, loss, part, *rest, **columns)
+
+    def judging(model: Any, part: Any, *rest: Any) -> Any:
+        seen["judged"] |= {p.ids for p in part.prompts}
+        return judge(model, part, *rest)
+
+    monkeypatch.setattr(Learner, "step", watched)
+    monkeypatch.setattr(process_reward, "judge", judging)
+    with Run.open(tmp_path / "run", config={}, seed=0) as run:
+        _, figures = process_reward.train(cfg, body, b, label, mask, run)
+    assert (len(seen["learned"]), len(seen["judged"])) == (2, 1)
+    assert not seen["learned"] & seen["judged"]
+    assert (figures["n_prompts"], figures["n_responses"], figures["n_steps"]) == (1, 4, 12)
+    # One prompt is one trial, however many of its steps are right.
+    rate = figures["step_accuracy"]
+    assert (rate["low"], rate["high"]) == pytest.approx(stats.wilson(rate["mean"], 1)[1:])
 
 
 def test_it_learns_which_steps_are_wrong(both: dict[str, Learned]) -> None:
@@ -40,6 +71,7 @@ def test_it_learns_which_steps_are_wrong(both: dict[str, Learned]) -> None:
     assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-6), "it starts indifferent: −log ½"
     assert lines[0]["num_steps"] == 16 * 3
     assert figures["n_responses"] == 60
+    assert figures["n_prompts"] == 30
     assert figures["n_steps"] == 180
     assert figures["step_accuracy"]["mean"] > 0.95
     assert figures["first_error_found"]["mean"] > 0.9
@@ -118,7 +150,7 @@ def test_labels_that_cannot_be_are_refused(change: Any, message: str, tmp_path: 
 def test_from_a_file_of_steps(tmp_path: Path) -> None:
     """The command's own way, on the character model."""
     rows = [
-        {"prompt": "1+1=", "completions": ["1+1", "is", "2" if i % 2 else "3"], "labels": [True, True, bool(i % 2)]}
+        {"prompt": f"{i}+1=", "completions": ["so", "is", f"{i + i % 2}"], "labels": [True, True, bool(i % 2)]}
         for i in range(12)
     ]
     (tmp_path / "steps.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -51,5 +51,6 @@ def test_the_prompt_is_the_cluster_of_its_sides_and_pairs():
             Pairs(batch(chosen[:prompts] * times), batch(rejected[:prompts] * times), torch.zeros(prompts * times)),
         )
 
+    assert told(3)["high"] - told(3)["low"] > 0.9 * (told(1)["high"] - told(1)["low"])
     assert told(3)["length_correlation_ci"] == pytest.approx(told(1)["length_correlation_ci"])
     assert "length_correlation" not in told(4, prompts=2)

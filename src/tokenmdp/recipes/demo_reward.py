@@ -153,13 +153,18 @@ def judge(reward: RewardModel, pairs: Pairs, closed: Reward | None = None) -> di
     both = Batch.concat([pairs.chosen, pairs.rejected])
     score = reward(both).value.double()
     ece, table = stats.calibration(torch.sigmoid(score).numpy(), (torch.arange(len(both)) < len(pairs)).numpy())
-    figures: dict[str, object] = {**_accuracy(score, ""), "n_pairs": len(pairs), "ece": ece, "calibration": table}
+    figures: dict[str, object] = {
+        **_accuracy(score, pairs, ""),
+        "n_pairs": len(pairs),
+        "ece": ece,
+        "calibration": table,
+    }
     figures["same_sides"] = int(same_sides(pairs).sum())
     if closed is None:
         return figures
     known = closed(both)
     truth = known.value.double()
-    figures |= _accuracy(truth, "closed_")
+    figures |= _accuracy(truth, pairs, "closed_")
     judged = known.verdict
     prompts = [both.prompts[row].ids for row in judged.nonzero()[:, 0].tolist()]
     if len(set(prompts)) > 2 and len(score[judged].unique()) > 1 and len(truth[judged].unique()) > 1:
@@ -168,10 +173,13 @@ def judge(reward: RewardModel, pairs: Pairs, closed: Reward | None = None) -> di
     return figures
 
 
-def _accuracy(score: Tensor, name: str) -> dict[str, object]:
-    """How often the first half's scores beat those of the second, row by row; equal ones count one half."""
-    shown, sampled = score.split(len(score) // 2)
-    found = stats.wilson(float(preference.ranked_right(shown, sampled).sum()), len(shown))
+def _accuracy(score: Tensor, pairs: Pairs, name: str) -> dict[str, object]:
+    """How often the first half's scores beat those of the second, row by row; equal ones count one half.
+
+    Pairs of one prompt are a cluster.
+    """
+    right = preference.ranked_right(*score.split(len(pairs))).double().cpu().numpy()
+    found = stats.clustered_wilson(right, [p.ids for p in pairs.chosen.prompts])
     return {f"{name}accuracy": found.mean, f"{name}accuracy_ci": [found.low, found.high]}
 
 

@@ -182,13 +182,14 @@ def sides(policy: Policy, pairs: Pairs) -> Sides:
 def judge(cfg: Config, before: Sides, now: Sides, pairs: Pairs) -> dict[str, float]:
     """How often the implicit reward puts the chosen response first, and where both sides' log-probabilities went.
 
-    Proportions come with their 95 % interval (Wilson); a tie counts one half.
+    Proportions come with their 95 % interval (Wilson's, pairs of one prompt being a cluster); a tie counts one half.
     """
     _, (chosen, rejected) = compare(cfg, now, before, pairs)
     _, (chosen_was, rejected_was) = compare(cfg, before, before, pairs)
     right = preference.ranked_right(chosen, rejected, cfg.beta * ROUNDING).double()
-    accuracy, low, high = stats.wilson(float(right.sum()), len(pairs))
-    fell, fell_low, fell_high = stats.wilson(float((now[0] < before[0]).sum()), len(pairs))
+    prompts = [p.ids for p in pairs.chosen.prompts]
+    accuracy, low, high = stats.clustered_wilson(right.cpu().numpy(), prompts)
+    fell, fell_low, fell_high = stats.clustered_wilson((now[0] < before[0]).double().cpu().numpy(), prompts)
     return {
         "accuracy": accuracy,
         "low": low,

@@ -129,7 +129,7 @@ def train(cfg: Config, start: Policy, batch: Batch, label: Tensor, run: Run) -> 
             metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
         metrics |= {"kl": float(z), "desirable_share": share, "num_tokens": float(b.action.sum())}
         if (step + 1) % cfg.evaluate_every == 0 or step + 1 == cfg.steps:
-            seen = judge(cfg, before, totals(policy, kept), good_kept, totals(policy, others) - others_before)
+            seen = judge(cfg, kept, before, totals(policy, kept), good_kept, totals(policy, others) - others_before)
             metrics |= {
                 "held_out/accuracies": seen["accuracy"],
                 "held_out/logps/chosen": seen["logp_chosen"],
@@ -137,7 +137,7 @@ def train(cfg: Config, start: Policy, batch: Batch, label: Tensor, run: Run) -> 
             }
         run.log(step, metrics, headline=("loss", "rewards/margins"))
 
-    figures = judge(cfg, before, totals(policy, kept), good_kept, totals(policy, others) - others_before)
+    figures = judge(cfg, kept, before, totals(policy, kept), good_kept, totals(policy, others) - others_before)
     return policy, {**figures, "balance": balance, "reference": fingerprint}
 
 
@@ -182,11 +182,12 @@ def totals(policy: Policy, batch: Batch) -> Tensor:
     return in_parts(lambda part: {"logp": policy.evaluate(part)["logp"].sum(-1)}, batch)["logp"]
 
 
-def judge(cfg: Config, before: Tensor, now: Tensor, good: Tensor, moved: Tensor) -> dict[str, float]:
-    """How often a held-out response lies on its label's side of the reference point, with its 95 % interval (Wilson),
-    and where the log-probabilities of both kinds went.
+def judge(cfg: Config, batch: Batch, before: Tensor, now: Tensor, good: Tensor, moved: Tensor) -> dict[str, float]:
+    """How often a held-out response lies on its label's side of the reference point, with its 95 % interval (Wilson's,
+    responses to one prompt being a cluster), and where the log-probabilities of both kinds went.
 
     Args:
+        batch: the responses.
         before, now: [B] log-probabilities (nats) under the reference and the policy.
         good: [B] labels.
         moved: [B] log-ratios of mismatched responses.
@@ -194,7 +195,7 @@ def judge(cfg: Config, before: Tensor, now: Tensor, good: Tensor, moved: Tensor)
     z = float(moved.mean().clamp(min=0))
     gain = preference.implicit_reward(now, before, cfg.beta) - cfg.beta * z
     right = preference.ranked_right(torch.where(good, gain, -gain), torch.zeros_like(gain), cfg.beta * ROUNDING)
-    accuracy, low, high = stats.wilson(float(right.sum()), len(good))
+    accuracy, low, high = stats.clustered_wilson(right.double().cpu().numpy(), [p.ids for p in batch.prompts])
     figures = {"accuracy": accuracy, "low": low, "high": high, "n_rows": len(good), "kl": z}
     for name, rows in (("chosen", good), ("rejected", ~good)):
         some = bool(rows.any())  # a small held-out part may hold one kind only

@@ -13,7 +13,7 @@ Differs: the score is read at the last token of a step, found by position; no to
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ class Config:
     warmup: int = 3  # steps over which the rates rise
     train: str = "all"  # what of the body trains: all | top-N blocks | lora-R rank | head (nothing but the head)
     pool: str = "last"  # what the head reads: the last state, or the mean of the states so far
-    held_out: float = 0.1  # share of the responses never trained on
+    held_out: float = 0.1  # share of the prompts whose responses are never trained on
     max_tokens: int = 512  # longer responses are cut there
     micro_tokens: int = 2048  # padded positions in a micro-batch; changes memory, never the gradient
 
@@ -69,21 +69,22 @@ def train(
 
     Args:
         policy: whose body the head sits on.
-        batch: responses.
+        batch: responses, split by their prompts into what is learned from and what is held out.
         label: [B, L] y at the last token of each step, in [0, 1].
         mask: [B, L] where the steps with a label end.
 
     Raises:
-        ValueError: labels outside [0, 1] or not of the batch's shape, a label on no action, or too few responses.
+        ValueError: labels outside [0, 1] or not of the batch's shape, a label on no action, or responses with a labelled
+            step to fewer than two prompts.
     """
     _check(batch, label, mask)
     model = StepRewardModel(RewardModel.from_policy(policy, cfg.train, cfg.pool), cfg.delimiter, cfg.aggregate)
     kept = mask.any(dim=1).nonzero()[:, 0]
     if len(kept) < 2:
         raise ValueError(f"{len(kept)} of {len(batch)} responses have a labelled step; give at least 2")
-    order = kept[torch.randperm(len(kept), generator=torch.Generator().manual_seed(run.seed))]
-    aside = min(max(1, round(cfg.held_out * len(kept))), len(kept) - 1)
-    judged, learned = order[:aside], order[aside:]
+    labelled = replace(batch, group=torch.arange(len(batch))).select(kept)
+    # By prompt: a held-out response whose siblings are trained on says how well a prompt was learned by heart.
+    learned, judged = (part.group for part in data.split(labelled, cfg.held_out, run.rng, by_prompt=True))
     seen = steps.last_of(mask) if cfg.outcome else mask
     per_epoch = -(-len(learned) // cfg.rows)
     count = cfg.epochs * per_epoch
@@ -119,22 +120,27 @@ def judge(model: StepRewardModel, batch: Batch, label: Tensor, mask: Tensor) -> 
     """What it says of steps: accuracy over steps and over last steps, and how often it finds the first wrong one.
 
     The first step with p ≤ ½ is taken for the first wrong one; a response without any wrong step is right if no step is
-    taken for one.
+    taken for one. Intervals are 95 %, over prompts: steps of a response, and responses to a prompt, are no independent
+    trials.
     """
     L = batch.tokens.shape[1]
     label, mask = label[:, :L], mask[:, :L]
     p = model.probabilities(batch)
     good, said = label > 0.5, p > 0.5
     hit = (good == said) & mask
-    steps_right = stats.wilson(float(hit.sum()), int(mask.sum()))
-    last = steps.last_of(mask)
+    prompts = [p.ids for p in batch.prompts]
+    of_steps = [prompts[row] for row in mask.nonzero()[:, 0].tolist()]
     found = [_first(~said[b] & mask[b]) == _first(~good[b] & mask[b]) for b in range(len(batch))]
-    first = stats.wilson(float(sum(found)), len(found))
+
+    def rate(right: Tensor, cluster: list[tuple[int, ...]]) -> dict[str, float]:
+        return stats.clustered_wilson(right.double().cpu().numpy(), cluster)._asdict()
+
     ece, table = stats.calibration(p[mask].double().cpu().numpy(), good[mask].cpu().numpy(), bins=10)
     return {
-        "step_accuracy": steps_right._asdict(),
-        "outcome_accuracy": stats.wilson(float((hit & last).sum()), len(batch))._asdict(),
-        "first_error_found": first._asdict(),
+        "step_accuracy": rate(hit[mask], of_steps),
+        "outcome_accuracy": rate((hit & steps.last_of(mask)).any(dim=1), prompts),
+        "first_error_found": rate(torch.tensor(found), prompts),
+        "n_prompts": len(set(prompts)),
         "n_responses": len(batch),
         "n_steps": int(mask.sum()),
         "ece": ece,

@@ -26,14 +26,15 @@ def judge(reward: Scaled, pairs: Pairs) -> dict[str, object]:
     preference. A pair is seen from its first or its second side in turns, so that both outcomes occur. A tie counts half a right answer.
 
     Returns:
-        `accuracy` with `low` and `high` (95 %, pairs as independent), `n_pairs`, `ece` and the table `calibration`, and
+        `accuracy` with `low` and `high` (95 %, pairs of one prompt as a cluster), `n_pairs`, `ece` and the table `calibration`, and
         `length_correlation` (Spearman, over all responses) with its interval, which resamples prompts, where scores and
         lengths vary and there are at least three prompts.
     """
     chosen, rejected = reward(pairs.chosen).value, reward(pairs.rejected).value
     prompts = [p.ids for p in pairs.chosen.prompts]
     margin = (chosen - rejected) * reward.scale
-    accuracy, low, high = stats.wilson(float(preference.ranked_right(chosen, rejected).sum()), len(pairs))
+    right = preference.ranked_right(chosen, rejected).double().cpu().numpy()
+    accuracy, low, high = stats.clustered_wilson(right, prompts)
     sign = torch.where(torch.arange(len(pairs), device=margin.device) % 2 == 0, 1.0, -1.0)
     seen, first = torch.sigmoid(margin * sign).cpu().numpy(), (sign > 0).cpu().numpy()
     ece, table = stats.calibration(seen, first, bins=10)
