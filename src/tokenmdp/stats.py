@@ -177,7 +177,7 @@ def bootstrap_of_means(
         raise ValueError(
             f"all resamples give {estimate:g}: they say nothing about its spread; report it without an interval"
         )
-    return _around(drawn, estimate, n, level)
+    return around(drawn, estimate, n, level)
 
 
 def _crossed(x: Array, resamples: int, seed: int) -> Iterator[tuple[Array, Array, Array]]:
@@ -383,7 +383,7 @@ def stratified_bootstrap(
     x = _runs(runs, "runs")
     index = np.random.default_rng(seed).integers(len(x), size=(_many(resamples), *x.shape))
     draws = np.array([statistic(np.take_along_axis(x, rows, axis=0)) for rows in index])
-    return _around(draws, float(statistic(x)), len(x), level)
+    return around(draws, float(statistic(x)), len(x), level)
 
 
 def improvement(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Interval:
@@ -723,13 +723,6 @@ def _blocks(n: int, resamples: int) -> Iterator[int]:
         yield min(at_once, resamples - start)
 
 
-def _around(draws: Array, estimate: float, n: float, level: float) -> Interval:
-    """The interval of bootstrap draws of any statistic of n units: bias-corrected, of few units Student's."""
-    if n < FEW:
-        return _student(estimate, float(np.sqrt(n / (n - 1)) * draws.std()), n, level)
-    return _corrected(draws, estimate, n, level, 0.0)
-
-
 def _student(estimate: float, deviation: float, n: float, level: float) -> Interval:
     """Student's interval, estimate ± t_{n−1} · deviation: exact where the n units are normal.
 
@@ -739,6 +732,19 @@ def _student(estimate: float, deviation: float, n: float, level: float) -> Inter
     """
     half = float(scipy.stats.t.ppf(0.5 + _level(level) / 2, n - 1)) * deviation
     return Interval(estimate, estimate - half, estimate + half)
+
+
+def around(draws: Array, estimate: float, n: float, level: float = 0.95) -> Interval:
+    """The interval of bootstrap draws of any statistic of n units: bias-corrected at expanded levels, of few units Student's.
+
+    Args:
+        draws: [R] the statistic of each resample, finite.
+        estimate: the statistic of the units as they are.
+        n: units resampled, at least 2 (a fraction where several kinds are).
+    """
+    if n < FEW:
+        return _student(estimate, float(np.sqrt(n / (n - 1)) * draws.std()), n, level)
+    return _corrected(draws, estimate, n, level, 0.0)
 
 
 def bounded(interval: Interval, least: float, most: float) -> Interval:

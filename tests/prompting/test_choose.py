@@ -14,7 +14,7 @@ from tokenmdp import mdp
 from tokenmdp.models import catalog
 from tokenmdp.models.sampling import Sampling
 from tokenmdp.prompting import choose, judged, proxy, stacked
-from tokenmdp.prompting.log import Log
+from tokenmdp.prompting.log import Builder, Log
 
 ANIMALS, TOOLS = ("cat", "dog", "horse", "cow"), ("hammer", "saw", "drill", "wrench")
 PROMPTS = ("Think of nature.", "Think of work.")
@@ -288,3 +288,19 @@ def test_auc_by_hand() -> None:
     """Scores 1, 2, 2, 3 with successes at the last two: of 4 pairs 3 are right and one is a tie."""
     assert judged.auc(np.array([1.0, 2, 2, 3]), np.array([False, False, True, True])) == pytest.approx(3.5 / 4)
     assert judged.auc(np.array([1.0]), np.array([True])) is None
+
+
+def test_nothing_is_told_from_fewer_questions_than_an_interval_needs() -> None:
+    builder = Builder()
+    for i in range(12):
+        for p in (0, 1):
+            builder.add(
+                {"query": f"question {i} {'ab'[i % 2]}", "prompt_id": "ab"[p], "reward": float(i % 2 == p)}, "row"
+            )
+    trials = builder.build()
+    picks, constant = np.arange(12) % 2, np.zeros(12, dtype=np.int64)
+    value, group = trials.matrix(), np.arange(12)
+    told = choose.gained(trials, picks, constant, value, group)
+    assert told is not None
+    assert told.mean == pytest.approx(0.5)
+    assert choose.gained(trials.of_queries(range(7)), picks, constant, value, group) is None

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenmdp import mdp
+from tokenmdp import mdp, stats
 from tokenmdp.prompting import estimate, intervals, leaks, stacked
 from tokenmdp.prompting.log import Log
 from tokenmdp.prompting.proxy import Proxy
@@ -178,7 +178,8 @@ def gained(
     """What picks earn over the constant on the log's queries, less what the prompts cost, with its 95 % interval.
 
     Where (nearly) everything was tried it is the mean difference; else, by propensities, the doubly robust estimate; else
-    the mean difference on the queries where both were tried, and None if that leaves out most of those that move.
+    the mean difference on the queries where both were tried, and None if that leaves out most of those that move, or
+    fewer questions than an interval can be trusted for.
 
     Args:
         picks, constant: [Q] prompts.
@@ -195,7 +196,7 @@ def gained(
         return Interval(*(end - dearer for end in found))
     difference = (table[at, picks[at]] - cost[picks[at]]) - (table[at, constant[at]] - cost[constant[at]])
     known, moved = ~np.isnan(difference), picks[at] != constant[at]
-    if moved.any() and known[moved].mean() < TOLD:
+    if (moved.any() and known[moved].mean() < TOLD) or len(np.unique(group[at][known])) < stats.FEW:
         return None
     return intervals.grouped_mean(difference[known], group[at][known], seed=seed)
 

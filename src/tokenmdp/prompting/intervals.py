@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenmdp.stats import Interval
+from tokenmdp.stats import Interval, around
 
 
 def grouped_ratio(
@@ -15,7 +15,7 @@ def grouped_ratio(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """Σ top / Σ bottom over items with a 95 % percentile interval that resamples whole groups.
+    """Σ top / Σ bottom over items with a 95 % interval that resamples whole groups (see `stats.around`).
 
     Raises:
         ValueError: fewer than two groups, or `bottom` is 0 everywhere.
@@ -34,8 +34,7 @@ def grouped_ratio(
     total = below.sum()
     if not total or np.isnan(found).all():
         raise ValueError("all weights are 0: the log never tried what the policy chooses, so it says nothing about it")
-    low, high = np.nanquantile(found, [0.025, 0.975])
-    return Interval(float(above.sum() / total), float(low), float(high))
+    return around(found[np.isfinite(found)], float(above.sum() / total), len(above))
 
 
 def grouped_mean(
