@@ -19,7 +19,7 @@ def scored(chosen: list[float], rejected: list[float], **changes: Any) -> Scored
         "lengths": np.stack([np.arange(n) % 3 + 1.0, np.arange(n) % 2 + 1.0], axis=1),
         "prompt": np.arange(n),
         "row": np.arange(n),
-        "margin": np.zeros(n),
+        "margin": np.full(n, np.nan),
     } | changes
     return Scored(np.array(chosen, dtype=float), np.array(rejected, dtype=float), **given)
 
@@ -84,6 +84,8 @@ def test_margins_are_compared_where_the_data_has_some() -> None:
     found = figures(scored(chosen, [0, 0, 0, 0], margin=np.array([1.0, 2, 3, 4])), None)
     assert found["margin_spearman"]["mean"] == 1
     assert "margin_spearman" not in figures(scored(chosen, [0, 0, 0, 0]), None)
+    some = figures(scored([*chosen, 5.0], [0] * 5, margin=np.array([1.0, 2, 3, 4, NAN])), None)
+    assert (some["margin_spearman"]["mean"], some["margins"]) == (1, 4)
 
 
 def test_correlations_resample_prompts_and_not_sides_or_pairs() -> None:

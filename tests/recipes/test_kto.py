@@ -70,7 +70,7 @@ def test_means_are_over_the_rows_of_one_label(tmp_path: Path) -> None:
     n_learned = 5 - figures["n_rows"]
     n_good = round(lines[0]["desirable_share"] * n_learned)
     for name, which, n in (("chosen", data[1], n_good), ("rejected", ~data[1], n_learned - n_good)):
-        kept = figures[f"logp_{name}"] * (int(which.sum()) - n)
+        kept = figures.get(f"logp_{name}", 0.0) * (int(which.sum()) - n)  # none held out: no figure
         assert lines[0][f"logps/{name}"] * n + kept == pytest.approx(float(total[which].sum()), rel=1e-5)
 
 
@@ -138,3 +138,8 @@ def test_labels_of_the_wrong_kind_or_number_are_errors(tmp_path: Path) -> None:
 def test_settings_outside_their_range_are_errors(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         kto.Config(**changes)
+
+
+def test_a_weight_of_zero_is_a_choice(tmp_path: Path) -> None:
+    _, figures, _, _ = run_it(tmp_path / "run", judged(8), steps=1, rows=4, desirable=0.0)
+    assert figures["balance"] == 0

@@ -160,6 +160,29 @@ def test_from_a_file_of_steps(tmp_path: Path) -> None:
     assert figures["n_steps"] == 3
     model = StepRewardModel.load(str(figures["model"]), character_model())
     assert model.delimiter == "\n"
+    rows = [{**row, "labels": [True] * 3} for row in rows]
+    (tmp_path / "steps.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with (
+        Run.open(tmp_path / "alike", config={}, seed=0) as run,
+        pytest.raises(ValueError, match="36 labelled steps are"),
+    ):
+        process_reward.main(cfg, run)
+
+
+def test_an_answer_that_is_cut_has_no_outcome(tmp_path: Path) -> None:
+    """Its last step that is left may be right, and the answer wrong all the same."""
+    rows = [
+        {"prompt": f"{i}+1=", "completions": ["so", "is" * (1 + 9 * (i % 2))], "labels": [True, i % 3 == 0]}
+        for i in range(24)
+    ]
+    (tmp_path / "steps.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    cfg = process_reward.Config(
+        model="tiny", data=str(tmp_path / "steps.jsonl"), rows=4, max_tokens=8, outcome=True, held_out=0.5
+    )
+    with Run.open(tmp_path / "run", config={}, seed=0) as run:
+        figures = process_reward.main(cfg, run)
+    assert figures["n_responses"] == 6  # half of the whole ones
+    assert "12 of 24 answers were cut at max_tokens=8" in (tmp_path / "run/log.txt").read_text()
 
 
 def test_labels_by_resets(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ class Scored:
         lengths: [N, 2] response tokens of both.
         prompt: [N] which prompt; pairs of one prompt are one cluster.
         row: [N] which row of the file; a row may list several answers.
-        margin: [N] how much better, where the data says so; zero where it does not.
+        margin: [N] how much better, where the data says so; NaN where it does not.
         subset: N names of the data's parts; empty without any.
     """
 
@@ -113,8 +113,12 @@ def figures(scored: Scored, scale: float | None) -> dict[str, Any]:
     if len(np.unique(kept.row)) < len(kept):  # rows with several answers: RewardBench's second version
         whole = np.array([found[kept.row == row].min() == 1 for row in np.unique(kept.row)], dtype=np.float64)
         out["rows_all_right"] = rate(whole)
-    if bool((kept.margin != 0).any()):
-        out["margin_spearman"] = said(lambda: stats.spearman(difference, kept.margin, cluster=kept.prompt))
+    given = np.isfinite(kept.margin)
+    if given.any():
+        out["margins"] = int(given.sum())
+        out["margin_spearman"] = said(
+            lambda: stats.spearman(difference[given], kept.margin[given], cluster=kept.prompt[given])
+        )
     if kept.subset:
         names = np.array(kept.subset)
         out["subsets"] = {name: rate(found[names == name]) for name in sorted(set(kept.subset))}

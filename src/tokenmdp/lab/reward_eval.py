@@ -139,7 +139,7 @@ def scored(compared: Compared, chosen: Array, rejected: Array) -> Scored:
         lengths=np.stack([side.action.sum(-1).double().cpu().numpy() for side in sides], axis=1),
         prompt=np.array([number[ids] for ids in prompts]),
         row=np.array(compared.row),
-        margin=compared.pairs.margin.double().cpu().numpy(),
+        margin=np.array([float(np.nan if (m := p.columns.get("margin")) is None else m) for p in compared.said]),
         subset=subset if any(subset) else (),
     )
 

@@ -88,7 +88,7 @@ def train(cfg: Config, start: Policy, batch: Batch, label: Tensor, run: Run) -> 
     run.note(f"reference {start.name} {fingerprint}; policy starts as {policy.fingerprint()}")
     run.note(f"{len(learned)} responses, {int(good.sum())} of them good; {len(kept)} held out")
     balance = cfg.desirable * int(good.sum()) / max(cfg.undesirable * int((~good).sum()), 1e-9)
-    if not 1 <= round(balance, 2) <= 1.34:
+    if cfg.desirable and cfg.undesirable and not 1 <= round(balance, 2) <= 1.34:  # a weight of 0 is a choice
         run.note(
             f"good responses weigh {balance:.2f} times as much as bad ones; 1 to 1.33 is advised: "
             f"set desirable={cfg.desirable / balance:.3g}"
@@ -130,11 +130,9 @@ def train(cfg: Config, start: Policy, batch: Batch, label: Tensor, run: Run) -> 
         metrics |= {"kl": float(z), "desirable_share": share, "num_tokens": float(b.action.sum())}
         if (step + 1) % cfg.evaluate_every == 0 or step + 1 == cfg.steps:
             seen = judge(cfg, kept, before, totals(policy, kept), good_kept, totals(policy, others) - others_before)
-            metrics |= {
-                "held_out/accuracies": seen["accuracy"],
-                "held_out/logps/chosen": seen["logp_chosen"],
-                "held_out/logps/rejected": seen["logp_rejected"],
-            }
+            told = (name for name in ("chosen", "rejected") if f"logp_{name}" in seen)
+            metrics |= {f"held_out/logps/{name}": seen[f"logp_{name}"] for name in told}
+            metrics["held_out/accuracies"] = seen["accuracy"]
         run.log(step, metrics, headline=("loss", "rewards/margins"))
 
     figures = judge(cfg, kept, before, totals(policy, kept), good_kept, totals(policy, others) - others_before)
@@ -198,9 +196,9 @@ def judge(cfg: Config, batch: Batch, before: Tensor, now: Tensor, good: Tensor, 
     accuracy, low, high = stats.clustered_wilson(right.double().cpu().numpy(), [p.ids for p in batch.prompts])
     figures = {"accuracy": accuracy, "low": low, "high": high, "n_rows": len(good), "kl": z}
     for name, rows in (("chosen", good), ("rejected", ~good)):
-        some = bool(rows.any())  # a small held-out part may hold one kind only
-        figures[f"logp_{name}"] = float(now[rows].mean()) if some else 0.0
-        figures[f"logp_{name}_before"] = float(before[rows].mean()) if some else 0.0
+        if bool(rows.any()):  # a small held-out part may hold one kind only
+            figures[f"logp_{name}"] = float(now[rows].mean())
+            figures[f"logp_{name}_before"] = float(before[rows].mean())
     return figures
 
 

@@ -81,7 +81,8 @@ def train(
     model = StepRewardModel(RewardModel.from_policy(policy, cfg.train, cfg.pool), cfg.delimiter, cfg.aggregate)
     kept = mask.any(dim=1).nonzero()[:, 0]
     if len(kept) < 2:
-        raise ValueError(f"{len(kept)} of {len(batch)} responses have a labelled step; give at least 2")
+        cut = f" ({cut} of them are cut off)" if (cut := int((~batch.ended).sum())) else ""
+        raise ValueError(f"{len(kept)} of {len(batch)} responses have a labelled step; give at least 2{cut}")
     labelled = replace(batch, group=torch.arange(len(batch))).select(kept)
     # By prompt: a held-out response whose siblings are trained on says how well a prompt was learned by heart.
     learned, judged = (part.group for part in data.split(labelled, cfg.held_out, run.rng, by_prompt=True))
@@ -135,10 +136,14 @@ def judge(model: StepRewardModel, batch: Batch, label: Tensor, mask: Tensor) -> 
     def rate(right: Tensor, cluster: list[tuple[int, ...]]) -> dict[str, float]:
         return stats.clustered_wilson(right.double().cpu().numpy(), cluster)._asdict()
 
+    ended = batch.ended.cpu()  # what was cut off has no outcome
+    last = (hit & steps.last_of(mask)).any(dim=1).cpu()[ended]
+    whole = [ids for ids, end in zip(prompts, ended.tolist(), strict=True) if end]
+    outcome = {"outcome_accuracy": rate(last, whole)} if whole else {}
     ece, table = stats.calibration(p[mask].double().cpu().numpy(), good[mask].cpu().numpy(), bins=10)
     return {
         "step_accuracy": rate(hit[mask], of_steps),
-        "outcome_accuracy": rate((hit & steps.last_of(mask)).any(dim=1), prompts),
+        **outcome,
         "first_error_found": rate(torch.tensor(found), prompts),
         "n_prompts": len(set(prompts)),
         "n_responses": len(batch),
@@ -191,6 +196,16 @@ def main(cfg: Config, run: Run) -> dict[str, object]:
         run.note(f"labels by resets: {made}")
     else:
         batch, label, mask = data.stepwise(files.rows(cfg.data), policy, cfg.max_tokens)
+        cut = int((~batch.ended).sum())
+        if cut:
+            said = "and have no outcome: they are left out" if cfg.outcome else "and their later labels are gone"
+            run.note(f"{cut} of {len(batch)} answers were cut at max_tokens={cfg.max_tokens}, {said}")
+            mask = mask & (batch.ended[:, None] | (not cfg.outcome))
+    if len(label[mask].unique()) == 1:
+        alike = f"all {int(mask.sum())} labelled steps are labelled {float(label[mask][0]):g}: there is nothing to tell apart"
+        if not cfg.futures:
+            raise ValueError(f"{alike}; give right and wrong ones")
+        run.note(f"warning: {alike}; give easier or harder prompts, or a better model")  # the futures are paid for
     model, figures = train(cfg, policy, batch, label, mask, run)
     model.save(run.folder / "model")
     return {**figures, **made, "model": str(run.folder / "model")}
