@@ -45,6 +45,8 @@ def held_out(
         got verdicts, that is said in place of figures.
     """
     prompts = list(task.held_out)[:PROMPTS]
+    if start.fingerprint() == trained.fingerprint():
+        run.note("warning: the trained policy is its start, weight for weight: no step had anything to learn from")
     if not prompts:
         return {"held_out": f"the task {task.name} holds no prompts out: nothing to judge on"}
     with run.progress(2 * ANSWERS * len(prompts), "judging on held-out prompts", "responses") as bar:
