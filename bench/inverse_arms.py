@@ -60,11 +60,12 @@ def _told(reward: Reward, pairs: Pairs, known: np.ndarray[Any, Any]) -> dict[str
     """Accuracy on the pairs, and the rank correlation with the closed form over the responses of both sides."""
     score = reward(_both(pairs)).value.double().numpy()
     shown, own = np.split(score, 2)
-    right = float((shown > own).sum() + 0.5 * (shown == own).sum())
+    right = (shown > own) + 0.5 * (shown == own)
+    prompts = [p.ids for p in pairs.chosen.prompts]  # sides and pairs of one prompt are no independent trials
     varied = np.ptp(score) > 0 and np.ptp(known) > 0
     return {
-        "accuracy": rounded(stats.wilson(right, len(pairs))),
-        "spearman": rounded(stats.spearman(score, known)) if varied else None,
+        "accuracy": rounded(stats.clustered_wilson(right, prompts)),
+        "spearman": rounded(stats.spearman(score, known, cluster=prompts * 2)) if varied else None,
     }
 
 

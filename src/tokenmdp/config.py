@@ -79,6 +79,7 @@ RANGES: Mapping[str, Range] = {
     **dict.fromkeys(("held_out", "keep", "tau"), SHARE),
     **dict.fromkeys(("folds", "inner", "check"), Range(2, math.inf, "[)")),
     "label_smoothing": Range(0, 0.5, "[)"),
+    "penalty": Range(1e-9, math.inf, "[)"),  # with less of it a linear head has no solution
 }
 """What a setting may be, by the name of its field. A recipe may ask for more: `samples` of at least 2."""
 

@@ -390,3 +390,9 @@ def test_a_response_that_goes_on_after_its_end_is_refused(policy: Policy) -> Non
     row = {"prompt": "1+1=", "completion": f"2{policy.tokenizer.eos_token}3"}
     with pytest.raises(ValueError, match="token 1 of the response of row 0 is an end-of-text token, and 2 more follow"):
         data.demonstrations([row], policy)
+
+
+def test_a_file_with_the_wrong_ending_is_told_by_its_first_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"PAR1\x15\x04\x15\xff\xfe")
+    with pytest.raises(ValueError, match="it is a Parquet file: give it the ending of one"):
+        files.rows(tmp_path / "a.jsonl")

@@ -317,10 +317,15 @@ def figures(
         "gold_spread_sft": spread,
         "proxy_spread_sft": float(pb.std()),
         "gold_proxy_correlation": {
-            "sft": stats.spearman(pb.ravel(), gb.ravel())._asdict(),
-            "ppo": stats.spearman(pa.ravel(), ga.ravel())._asdict(),
+            "sft": stats.spearman(pb.ravel(), gb.ravel(), cluster=_rows_of(pb))._asdict(),
+            "ppo": stats.spearman(pa.ravel(), ga.ravel(), cluster=_rows_of(pa))._asdict(),
         },
     }
+
+
+def _rows_of(scores: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """[P · k] the prompt of each of [P, k] scores: responses to one prompt are no independent trials."""
+    return np.repeat(np.arange(len(scores)), scores.shape[1])
 
 
 def write_samples(

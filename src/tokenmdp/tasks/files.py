@@ -22,6 +22,9 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 csv.field_size_limit(1 << 27)  # a cell may hold a whole document; Python's own limit is 128 kB
 
 
+_MAGIC = {b"PAR1": "a Parquet file", b"\x1f\x8b\x08\x00": "gzipped", b"\x1f\x8b\x08\x08": "gzipped"}
+
+
 def rows(source: str | Path, split: str = "train") -> list[Row]:
     """The rows of a JSONL, JSON, CSV or Parquet file, of a folder's `{split}` file, or of a hub data set.
 
@@ -90,7 +93,10 @@ def _read(path: Path) -> Iterator[Row]:
             else:
                 yield from _json(path, file.read())
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, csv.Error) as error:
-        raise ValueError(f"{path} cannot be read as UTF-8 {kind} ({error}): save it as such") from error
+        with path.open("rb") as raw:
+            looks = _MAGIC.get(raw.read(4)[:4], "")
+        what = f"it is {looks}: give it the ending of one" if looks else "save it as such"
+        raise ValueError(f"{path} cannot be read as UTF-8 {kind} ({error}): {what}") from error
 
 
 def _open(path: Path) -> IO[str]:

@@ -136,6 +136,8 @@ def read(folder: str | Path) -> RunFolder:
     config, result = (_json(path / f"{name}.json", notes) or {} for name in ("config", "result"))
     lines = {where: _lines(path / where / "metrics.jsonl", notes, path) for where in _with_metrics(path)}
     samples = [_sample(line) for line in _lines(path / "samples.jsonl", notes, path)]
+    if config.keys() & {"model_type", "architectures"}:  # a model's: no run wrote it
+        config = {}
     if not (summary or config or result or lines or samples):
         raise ValueError(
             f"{path} has no readable config.json, metrics.jsonl, samples.jsonl, result.json or summary.json: "
