@@ -5,7 +5,9 @@
 DIR holds word problems in {train,valid,test}.jsonl (MAWPS). `--first` is a model cloned on the train problems in the form
 "Question: ... Answer:", such as the one `bench/rlvr.py` leaves in runs/rlvr-sft/sft/model, and is asked in that form; `--second`
 is any instruct model and is asked through its chat template. Each answers 300 problems of valid and test that train does not
-hold, under six prompts, once, and the first hundred of them again; answers are graded as numbers.
+hold, under six prompts, once, and the first hundred of them again; answers are graded as numbers. The share of answers that were
+cut is in the file: a first try with 80 tokens for both cut most of the second model's, so that a prompt was worth what it saved in
+words.
 
 Choosing before asking, which costs one call a problem: a random prompt, the best constant one, each proxy's pick, the pick that
 abstains, and the oracle. Choosing after asking all six, which costs six or twelve: the answer its model was most confident of
@@ -58,7 +60,8 @@ PROMPTS = {
 CRITIC = "Question: {query}\nProposed answer: {answer}\nIs the proposed answer right? Say yes or no.\nVerdict:"
 PROXIES = ("neighbours", "logistic", "boosted", "logistic+boosted")
 CHOICE, FOLDS, SEED = "logistic+boosted", 5, 0
-QUERIES, AGAIN, TOKENS, ROWS = 300, 100, 80, 50
+QUERIES, AGAIN, ROWS = 300, 100, 50
+TOKENS = {"first": 80, "second": 256}  # an instruct model explains at length: at 80 most of its answers were cut
 THRESHOLDS = {
     "pick": "the abstaining pick's reward at or above the best constant's",
     "auc": "within-prompt AUC of the pick's proxy above 1/2 by more than twice its standard error",
@@ -189,7 +192,7 @@ def of_model(run: Run, name: str, path: str, queries: Sequence[Mapping[str, Any]
     """Everything about one model."""
     start = time.monotonic()
     policy = catalog.load(path).freeze()
-    again, tokens = (4, 8) if args.quick else (AGAIN, TOKENS)
+    again, tokens = (4, 8) if args.quick else (AGAIN, TOKENS[name])
     file = made(run, name, policy, queries, again, tokens, args.quick)
     rows = files.rows(str(file))
     log = logs.read(file)
@@ -197,12 +200,17 @@ def of_model(run: Run, name: str, path: str, queries: Sequence[Mapping[str, Any]
     critic = criticised(run, name, policy, first)
     found = before(log, args.quick)
     ids = dict(zip(log.query_ids, (log.prompt_ids[i] for i in found.pop("constant")), strict=True))
+    cuts: dict[str, list[bool]] = {}
+    for row in rows:  # rows from before it was written down are told by their length
+        ended = row.get("ended", len(policy.encode(row["response"])) < tokens)
+        cuts.setdefault(row["prompt_id"], []).append(not ended)
     by_prompt = {log.prompt_ids[p]: float(log.reward[log.prompt == p].mean()) for p in range(len(log.prompts))}
     return {
         "model": policy.name,
         "trials": len(log),
         "questions": len(np.unique(leaks.groups(log.queries))),
         "by_prompt": by_prompt,
+        "cut": {key: float(np.mean(cut)) for key, cut in cuts.items()},
         **found,
         "after_asking_all": after(first, critic, ids),
         "minutes": (time.monotonic() - start) / 60,

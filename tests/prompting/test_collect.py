@@ -132,10 +132,12 @@ def test_trials_are_graded_and_their_cost_is_counted(server: Server, tmp_path: P
         "made": 16,
         "found": 0,
         "failed": 0,
+        "cut": 0,
         "tokens_in": 160,
         "tokens_out": 80,
         "cost": pytest.approx(320e-6),
     }
+    assert all(row["ended"] for row in rows(tmp_path / "trials.jsonl"))
     log = logs.read(tmp_path / "trials.jsonl")
     assert log.matrix()[:, log.prompt_ids.index("a")].tolist() == [1.0] * 4
     assert log.matrix()[:, log.prompt_ids.index("b")].tolist() == [1.0, 0, 0, 0]  # 0 is right for 0+0 alone
@@ -328,3 +330,13 @@ def test_the_same_command_goes_on_in_the_log_and_a_folder_asked_for_is_about_the
     assert cli.main([*line, "--limit=3"]) == 0
     assert len(rows(tmp_path / "t.jsonl")) == 6
     assert json.loads((tmp_path / "run" / "result.json").read_text())["found"] == 4
+
+
+def test_answers_that_are_cut_are_counted(tmp_path: Path) -> None:
+    """The untrained model hardly ever ends within two tokens."""
+    model = collect.Local(catalog.load("tiny"), Sampling(max_new_tokens=2))
+    trials = collect.Trials(tmp_path / "trials.jsonl")
+    found = collect.collect(model, collect.wanted(QUERIES, PROMPTS, 3), trials)
+    cut = [not row["ended"] for row in rows(tmp_path / "trials.jsonl")]
+    assert found["cut"] == sum(cut)
+    assert sum(cut) > len(cut) / 2

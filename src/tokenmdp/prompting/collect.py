@@ -59,6 +59,7 @@ class Answered:
 
     Attributes:
         confidence: mean log-probability of the text's tokens as they were sampled, nats; None where nobody says.
+        ended: whether it ended by itself; False if it was cut at the most tokens it may have, None where nobody says.
     """
 
     asked: Asked
@@ -67,6 +68,7 @@ class Answered:
     tokens_out: int = 0
     fault: str = ""
     confidence: float | None = None
+    ended: bool | None = None
 
 
 class Model(Protocol):
@@ -114,7 +116,8 @@ class Local:
             assert b.logp_mu is not None, "sampled here"
             sure = (b.logp_mu * b.action).sum(1) / b.action.sum(1)
             for i, (a, p) in enumerate(zip(part, prompts, strict=True)):
-                yield Answered(a, b.texts[i], len(p.ids), int(b.action[i].sum()), confidence=float(sure[i]))
+                out = int(b.action[i].sum())
+                yield Answered(a, b.texts[i], len(p.ids), out, confidence=float(sure[i]), ended=bool(b.ended[i]))
 
 
 class Endpoint:
@@ -186,14 +189,14 @@ class Endpoint:
         except self.faults as fault:
             return Answered(asked, None, fault=f"{type(fault).__name__}: {fault}"[:300])
         try:  # what an endpoint sends is believed in no part of it
-            text = reply.choices[0].message.content
+            text, why = reply.choices[0].message.content, getattr(reply.choices[0], "finish_reason", None)
         except (AttributeError, TypeError, IndexError, KeyError):
-            text = None
+            text, why = None, None
         if not isinstance(text, str):
             return Answered(asked, None, fault="the endpoint's reply holds no text")
         used = [getattr(getattr(reply, "usage", None), name, 0) for name in ("prompt_tokens", "completion_tokens")]
         read, written = (n if isinstance(n, int) and n > 0 else 0 for n in used)
-        return Answered(asked, text, read, written)
+        return Answered(asked, text, read, written, ended={"stop": True, "length": False}.get(str(why)))
 
 
 class Pace:
@@ -399,7 +402,8 @@ def collect(
         most_faults: failures in a row after which it stops; what was made by then is kept.
 
     Returns:
-        Trials made now, found there, and failed; tokens and cost of those made now; the last `fault`, if any failed.
+        Trials made now, found there, and failed; of those made now how many were cut at the most tokens they may have, their
+        tokens and cost; the last `fault`, if any failed.
 
     Raises:
         TooManyFaults: with the last reason; the same call goes on from here.
@@ -412,7 +416,7 @@ def collect(
     todo = [a for a in asked if not trials.holds(a, model.name)]
     for one in todo:
         judge("", one.answer)  # an answer that cannot be graded is found before anything is paid
-    out: dict[str, Any] = {"made": 0, "found": len(asked) - len(todo), "failed": 0}
+    out: dict[str, Any] = {"made": 0, "found": len(asked) - len(todo), "failed": 0, "cut": 0}
     out |= {"tokens_in": 0, "tokens_out": 0, "cost": 0.0}
     row_of_faults = 0
     for answered in model.answer(todo):
@@ -441,9 +445,11 @@ def collect(
                 "reward": judge(answered.text, a.answer),
                 "cost": cost,
                 **({} if answered.confidence is None else {"confidence": answered.confidence}),
+                **({} if answered.ended is None else {"ended": answered.ended}),
             }
         )
         out["made"] += 1
+        out["cut"] += answered.ended is False
         out["tokens_in"] += answered.tokens_in
         out["tokens_out"] += answered.tokens_out
         out["cost"] += cost

@@ -68,6 +68,11 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     run.note(
         said + (f"; the last failure: {found['fault']}; run this again to make what failed" if found["failed"] else "")
     )
+    if found["cut"]:
+        run.note(
+            f"{found['cut']} of {found['made']} answers were cut at max_new_tokens={cfg.max_new_tokens}: what they had not said yet "
+            "counts as wrong, and a prompt that makes answers short looks good; give a larger one"
+        )
     if len(asked) < len(queries) * len(prompts) * cfg.repeats:
         run.note(
             f"{len(queries) - len(asked) // (len(prompts) * cfg.repeats)} queries are there twice and were asked once"
