@@ -19,6 +19,7 @@ from tokenmdp.recipes import demo_reward
 from tokenmdp.rewards.log_ratio import LogRatio
 from tokenmdp.rewards.reward_model import RewardModel
 from tokenmdp.run import Run
+from tokenmdp.tasks import data
 from tokenmdp.types import Batch, Pairs
 
 
@@ -87,7 +88,7 @@ def test_equal_sides_are_counted_and_only_equal_ones_refused(tmp_path: Path) -> 
     with opened(tmp_path / "run") as run, pytest.raises(ValueError, match="nothing to tell apart"):
         demo_reward.train(cfg, start, Pairs(pairs.chosen, pairs.chosen, pairs.margin), held_out, run)
     some = Batch.concat([pairs.chosen.select(range(3)), pairs.rejected.select(range(3, len(pairs)))])
-    assert int(demo_reward.same_sides(Pairs(pairs.chosen, some, pairs.margin)).sum()) == 3
+    assert int(data.alike(Pairs(pairs.chosen, some, pairs.margin)).sum()) == 3
     with opened(tmp_path / "again") as run:
         demo_reward.train(cfg, start, Pairs(pairs.chosen, some, pairs.margin), held_out, run)
     assert "3 of 24 demonstrations equal" in (tmp_path / "again" / "log.txt").read_text()

@@ -77,7 +77,7 @@ def read(
             counts["cut"] += int((~pair.chosen.ended).sum() + (~pair.rejected.ended).sum())
             if better == worse:
                 counts["equal_sides"] += 1
-            elif _said(pair.chosen) == _said(pair.rejected):
+            elif bool(data.alike(pair)):
                 counts["cut_alike"] += 1
             elif (question, better, worse) in seen:
                 counts["duplicates"] += 1
@@ -168,10 +168,6 @@ def _whole(prompt: Content, answer: Content) -> str:
 def _exact(content: Content) -> Exact:
     """What was said, to the letter: capitals and indentation can be all that a comparison is about."""
     return content if isinstance(content, str) else tuple((m["role"], m["content"]) for m in content)
-
-
-def _said(batch: Batch) -> list[int]:
-    return [int(token) for token in batch.tokens[batch.action]]
 
 
 def _flat(content: Content) -> str:

@@ -212,24 +212,21 @@ def _read(policy: Policy, prefixes: Sequence[Sequence[int]], slab: Slab) -> tupl
     return hidden[forest.tree, ends], forest
 
 
-def ahead(policy: Policy, prefixes: Sequence[Sequence[int]]) -> Float[Tensor, "P V"]:
-    """Logits of the token after each prefix; what prefixes begin with alike is read once."""
-    out: dict[int, Tensor] = {}
-
-    def read(part: Sequence[int]) -> None:
+def ahead(policy: Policy, prefixes: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Tensor]]:
+    """Logits of the token after each prefix, some prefixes at a time: their numbers and [those, V]. What prefixes begin
+    with alike is read once.
+    """
+    parts: list[list[int]] = [[]]
+    for longest, family in stems.by_length(prefixes):
+        if parts[-1] and (len(parts[-1]) + len(family)) * longest > FORWARD_TOKENS:
+            parts.append([])
+        parts[-1] += family
+    for part in parts:
         slab = _slab_for(policy)
         with _slab_attention(policy, slab):
             last, _ = _read(policy, [prefixes[i] for i in part], slab)
-            out.update(zip(part, policy.project(last).float(), strict=True))
-
-    part: list[int] = []
-    for longest, family in sorted((max(len(prefixes[i]) for i in f), f) for f in stems.families(prefixes)):
-        if part and (len(part) + len(family)) * longest > FORWARD_TOKENS:
-            read(part)
-            part = []
-        part += family
-    read(part)
-    return torch.stack([out[i] for i in range(len(prefixes))])
+            logits = policy.project(last).float()
+        yield part, logits
 
 
 def fast(
@@ -268,8 +265,7 @@ def fork(
     """
     drawn = [Drawn() for _ in range(len(states) * n)]
     # States of one tree stay together, trees of like length share a slab; each slab is bounded in memory.
-    trees = [(max(len(states[i]) for i in family), family) for family in stems.families(states)]
-    order = [i for _, family in sorted(trees) for i in family]
+    order = [i for _, family in stems.by_length(states) for i in family]
     start = 0
     while start < len(order):
         end, length, horizon = start + 1, len(states[order[start]]), horizons[order[start]]
@@ -370,6 +366,13 @@ def slow(
         if advance is not None:
             advance(1)
     return drawn
+
+
+def ahead_slow(policy: Policy, prefixes: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Tensor]]:
+    """As `ahead`, by a full forward pass over each prefix."""
+    for i, prefix in enumerate(prefixes):
+        tokens = torch.tensor([list(prefix)], device=policy.device)
+        yield [i], policy.model(input_ids=tokens, use_cache=False).logits[:, -1].float()
 
 
 def _odd_window(policy: Policy) -> bool:

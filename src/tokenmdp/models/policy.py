@@ -357,15 +357,13 @@ class Policy:
         """
         if not prompts or not sets or not all(sets):
             raise ValueError(f"{len(prompts)} prompts and {len(sets)} sets of tokens: one of each at least, none empty")
-        prefixes = [p.ids for p in prompts]
+        out = torch.zeros(len(sets), len(prompts))
         with torch.inference_mode(), self.backbone.autocast(), self.backbone.converted():
-            if self.engine() is decode.fast:
-                logits = decode.ahead(self, prefixes)
-            else:
-                asked = (torch.tensor([ids], device=self.device) for ids in prefixes)
-                logits = torch.cat([self.model(input_ids=ids, use_cache=False).logits[:, -1].float() for ids in asked])
-            p = logits.softmax(-1).cpu()
-        return torch.stack([p[:, list(ids)].sum(1) for ids in sets]).clone()
+            parts = decode.ahead if self.engine() is decode.fast else decode.ahead_slow
+            for part, logits in parts(self, [p.ids for p in prompts]):
+                p = logits.softmax(-1).cpu()
+                out[:, part] = torch.stack([p[:, list(ids)].sum(1) for ids in sets])
+        return out
 
     def _action_logits(self, batch: Batch) -> Iterator[tuple[slice, Tensor]]:
         """Float32 (or wider) logits of the states in which actions were taken, a slice of action positions at a time.

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -84,7 +85,24 @@ def in_common(a: Sequence[int], b: Sequence[int]) -> int:
 
 def plant(prefixes: Sequence[Sequence[int]]) -> Forest:
     """The forest with the fewest cells to compute, padding included: of lines, of close or of wide families."""
-    return min((_planted(prefixes, families(prefixes, s)) for s in (1.0, 0.5, SHARED)), key=lambda f: f.tokens.numel())
+    return _planted(
+        prefixes, min((families(prefixes, s) for s in (1.0, 0.5, SHARED)), key=lambda f: _cells(prefixes, f))
+    )
+
+
+def by_length(prefixes: Sequence[Sequence[int]]) -> list[tuple[int, list[int]]]:
+    """Each tree's longest prefix, in tokens, and its prefixes by number; the shortest trees first."""
+    return sorted((max(len(prefixes[i]) for i in family), family) for family in families(prefixes))
+
+
+def _cells(prefixes: Sequence[Sequence[int]], families: Sequence[Sequence[int]]) -> int:
+    """Trees times the nodes of the largest."""
+
+    def nodes(family: Sequence[int]) -> int:
+        shared = sum(in_common(prefixes[a], prefixes[b]) for a, b in pairwise(family))
+        return sum(len(prefixes[i]) for i in family) - shared
+
+    return len(families) * max(map(nodes, families))
 
 
 def _planted(prefixes: Sequence[Sequence[int]], families: Sequence[Sequence[int]]) -> Forest:

@@ -122,20 +122,13 @@ def train(
     return reward, judge(reward, held_out, closed)
 
 
-def same_sides(pairs: Pairs) -> Tensor:
-    """[B] where a demonstration and its sample are the same tokens: such a pair says nothing."""
-    one, other = pairs.chosen, pairs.rejected
-    said = [[b.tokens[i][b.action[i]].tolist() for i in range(len(pairs))] for b in (one, other)]
-    return torch.tensor([a == b for a, b in zip(*said, strict=True)])
-
-
 def check_sides(pairs: Pairs, run: Run) -> None:
     """Say how many pairs have equal sides.
 
     Raises:
         ValueError: all of them.
     """
-    same = int(same_sides(pairs).sum())
+    same = int(data.alike(pairs).sum())
     if same == len(pairs):
         raise ValueError(
             f"all {same} demonstrations equal the start's own samples: there is nothing to tell apart. Has the start been "
@@ -159,7 +152,7 @@ def judge(reward: RewardModel, pairs: Pairs, closed: Reward | None = None) -> di
         "ece": ece,
         "calibration": table,
     }
-    figures["same_sides"] = int(same_sides(pairs).sum())
+    figures["same_sides"] = int(data.alike(pairs).sum())
     if closed is None:
         return figures
     known = closed(both)

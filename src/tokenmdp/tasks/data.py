@@ -134,8 +134,7 @@ def distinct(pairs: Pairs) -> tuple[Pairs, int]:
     Raises:
         ValueError: when no pair is left.
     """
-    sides = zip(_responses(pairs.chosen), _responses(pairs.rejected), strict=True)
-    differ = [i for i, (chosen, rejected) in enumerate(sides) if chosen != rejected]
+    differ = (~alike(pairs)).nonzero()[:, 0].tolist()
     if not differ:
         cut = int((~pairs.chosen.ended & ~pairs.rejected.ended).sum())
         why = f" ({cut} of them were cut at max_tokens on both sides, and may differ after it)" if cut else ""
@@ -145,8 +144,10 @@ def distinct(pairs: Pairs) -> tuple[Pairs, int]:
     return pairs.select(differ), len(pairs) - len(differ)
 
 
-def _responses(batch: Batch) -> list[list[int]]:
-    return [tokens[chosen].tolist() for tokens, chosen in zip(batch.tokens, batch.action, strict=True)]
+def alike(pairs: Pairs) -> Bool[Tensor, "B"]:
+    """[B] where chosen and rejected are the same tokens: such a pair says nothing."""
+    said = [[b.tokens[i][b.action[i]].tolist() for i in range(len(pairs))] for b in (pairs.chosen, pairs.rejected)]
+    return torch.tensor([chosen == rejected for chosen, rejected in zip(*said, strict=True)], dtype=torch.bool)
 
 
 def _batch(

@@ -19,10 +19,8 @@ from typing import IO, Any, cast
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".json.gz", ".csv.gz")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+_MAGIC = {b"PAR1": "a Parquet file", b"\x1f\x8b\x08": "a gzipped file"}  # what such a file begins with
 csv.field_size_limit(1 << 27)  # a cell may hold a whole document; Python's own limit is 128 kB
-
-
-_MAGIC = {b"PAR1": "a Parquet file", b"\x1f\x8b\x08\x00": "gzipped", b"\x1f\x8b\x08\x08": "gzipped"}
 
 
 def rows(source: str | Path, split: str = "train") -> list[Row]:
@@ -94,7 +92,8 @@ def _read(path: Path) -> Iterator[Row]:
                 yield from _json(path, file.read())
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, csv.Error) as error:
         with path.open("rb") as raw:
-            looks = _MAGIC.get(raw.read(4)[:4], "")
+            first = raw.read(4)
+        looks = next((kind for magic, kind in _MAGIC.items() if first.startswith(magic)), "")
         what = f"it is {looks}: give it the ending of one" if looks else "save it as such"
         raise ValueError(f"{path} cannot be read as UTF-8 {kind} ({error}): {what}") from error
 
