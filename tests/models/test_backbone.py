@@ -164,6 +164,8 @@ def test_compute_types_are_named_or_refused() -> None:
     assert compute_dtype("float32", cpu) == torch.float32
     assert compute_dtype("bfloat16", cpu) == torch.bfloat16
     assert compute_dtype("auto", cpu) in (torch.float32, torch.bfloat16)
+    assert compute_dtype("auto", cpu, parameters=77_000) == torch.float32  # on any machine
+    assert compute_dtype("bfloat16", cpu, parameters=77_000) == torch.bfloat16
     with pytest.raises(ValueError, match="compute is 'float16'"):
         compute_dtype("float16", cpu)
 

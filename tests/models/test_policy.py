@@ -101,6 +101,8 @@ def test_a_cap_that_only_grown_weights_reach_is_honoured() -> None:
 
 
 def test_padding_company_and_order_do_not_matter(double: Policy) -> None:
+    # gemma2's attention takes the softmax in float32 whatever the model's type.
+    atol = 1e-6 if double.name == "gemma2" else 1e-12
     b = ragged()
     logp = double.evaluate(b)["logp"]
     wide = dataclasses.replace(
@@ -108,13 +110,13 @@ def test_padding_company_and_order_do_not_matter(double: Policy) -> None:
         tokens=torch.nn.functional.pad(b.tokens, (0, 9), value=7),
         action=torch.nn.functional.pad(b.action, (0, 9)),
     )
-    assert torch.allclose(double.evaluate(wide)["logp"][:, : logp.shape[1]], logp, rtol=0, atol=1e-12)
+    assert torch.allclose(double.evaluate(wide)["logp"][:, : logp.shape[1]], logp, rtol=0, atol=atol)
     order = [3, 0, 5, 1]
     part = b.select(order)
-    assert torch.allclose(double.evaluate(part)["logp"], logp[order][:, : part.tokens.shape[1]], rtol=0, atol=1e-12)
+    assert torch.allclose(double.evaluate(part)["logp"], logp[order][:, : part.tokens.shape[1]], rtol=0, atol=atol)
     for i in range(len(b)):
         alone = double.evaluate(b.select([i]))["logp"][0]
-        assert torch.allclose(alone, logp[i, : len(alone)], rtol=0, atol=1e-12)
+        assert torch.allclose(alone, logp[i, : len(alone)], rtol=0, atol=atol)
 
 
 def test_padding_company_and_order_hardly_matter_in_float32(policy: Policy) -> None:

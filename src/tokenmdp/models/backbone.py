@@ -25,6 +25,7 @@ from tokenmdp.types import Read
 if TYPE_CHECKING:
     from peft import PeftModel
 
+SMALL = 2_000_000  # parameters below which conversions to bfloat16 cost more than its products save
 TRAIN = re.compile(r"all|none|head|top-[1-9]\d*|lora-[1-9]\d*")
 
 
@@ -39,8 +40,12 @@ def keep_freed_blocks() -> None:
         mallopt(parameter, value)
 
 
-def compute_dtype(compute: str, device: torch.device) -> torch.dtype:
-    """The type matrix products run in: `auto` takes bfloat16 where the machine has matrix units for it, else float32.
+def compute_dtype(compute: str, device: torch.device, parameters: int | None = None) -> torch.dtype:
+    """The type matrix products run in: `auto` takes bfloat16 where the machine multiplies it in hardware and the model
+    is large enough to gain by it, else float32.
+
+    Args:
+        parameters: how many the model has; None is for many.
 
     Raises:
         ValueError: for anything but auto, float32, bfloat16.
@@ -51,11 +56,15 @@ def compute_dtype(compute: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16
     if compute != "auto":
         raise ValueError(f"compute is {compute!r}; it must be auto, float32 or bfloat16")
+    if parameters is not None and parameters < SMALL:
+        return torch.float32
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    # Without matrix units (AMX) a bfloat16 product on a CPU is emulated, up to a hundred times slower than float32.
-    supported = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    return torch.bfloat16 if device.type == "cpu" and supported() else torch.float32
+    # Tiles (AMX) or dot products of pairs (AVX512-BF16): about seven and three times float32. Without either a bfloat16
+    # product on a CPU is emulated, up to a hundred times slower than float32.
+    units = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    supported = device.type == "cpu" and any(getattr(torch.cpu, unit, bool)() for unit in units)
+    return torch.bfloat16 if supported else torch.float32
 
 
 class Backbone:
@@ -76,7 +85,7 @@ class Backbone:
         self.train_spec = "all"
         self.body: nn.Module = model.base_model
         self.device = next(model.parameters()).device
-        self.compute = compute_dtype(compute, self.device)
+        self.compute = compute_dtype(compute, self.device, sum(p.numel() for p in model.parameters()))
         self._divisible: bool | None = None
         self._originals: dict[int, nn.Parameter] = {}  # while weights are `converted`: what each was made from
 

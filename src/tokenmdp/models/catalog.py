@@ -52,8 +52,6 @@ def load(name: str | Path, compute: str = "auto", device: str = "auto") -> Polic
     module: torch.nn.Module = model
     module.to(where)
     called = Path(name).name if Path(name).exists() else str(name)
-    if called.lower() == "tiny" and compute == "auto":
-        compute = "float32"  # too small for anything else to pay
     policy = Policy(model, tokenizer, name=called, compute=compute)
     check_beginning(policy)
     return policy

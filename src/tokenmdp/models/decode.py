@@ -20,6 +20,8 @@ terms) is decoded by it.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -198,9 +200,15 @@ def _slab_attention(policy: Policy, slab: Slab) -> Iterator[None]:
 
 def _step(policy: Policy, tokens: Tensor, positions: Tensor, slab: Slab) -> Tensor:
     """Hidden states of the tokens given, with the slab before them."""
-    return policy.backbone.body(
-        input_ids=tokens, position_ids=positions, past_key_values=slab, use_cache=True
-    ).last_hidden_state
+    body = policy.backbone.body
+    given = {_cache_name(type(body)): slab}
+    return body(input_ids=tokens, position_ids=positions, use_cache=True, **given).last_hidden_state
+
+
+@functools.cache
+def _cache_name(body: type[torch.nn.Module]) -> str:
+    """What a body calls its keys and values: newer releases of transformers say `cache`."""
+    return "cache" if "cache" in inspect.signature(body.forward).parameters else "past_key_values"
 
 
 def _read(policy: Policy, prefixes: Sequence[Sequence[int]], slab: Slab) -> tuple[Tensor, stems.Forest]:
