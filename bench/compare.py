@@ -61,6 +61,7 @@ FLAGS: dict[str, dict[str, Any]] = {
         "held-out": 64,
         "answers": 4,
         "micro-tokens": 2048,
+        "workers": 2,
     },
 }
 QUICK = {"solvers": "rloo,dpo,awr", "seeds": 2, "budget-tokens": 2000, "held-out": 40, "answers": 2, "workers": 1}

@@ -201,14 +201,14 @@ def _slab_attention(policy: Policy, slab: Slab) -> Iterator[None]:
 def _step(policy: Policy, tokens: Tensor, positions: Tensor, slab: Slab) -> Tensor:
     """Hidden states of the tokens given, with the slab before them."""
     body = policy.backbone.body
-    given = {_cache_name(type(body)): slab}
+    given = {_cache_name(type(body).forward): slab}
     return body(input_ids=tokens, position_ids=positions, use_cache=True, **given).last_hidden_state
 
 
 @functools.cache
-def _cache_name(body: type[torch.nn.Module]) -> str:
+def _cache_name(forward: Callable[..., Any]) -> str:
     """What a body calls its keys and values: newer releases of transformers say `cache`."""
-    return "cache" if "cache" in inspect.signature(body.forward).parameters else "past_key_values"
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
 def _read(policy: Policy, prefixes: Sequence[Sequence[int]], slab: Slab) -> tuple[Tensor, stems.Forest]:
