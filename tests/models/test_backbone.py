@@ -14,6 +14,7 @@ from transformers import BloomConfig, BloomForCausalLM, OPTConfig, OPTForCausalL
 
 from tiny_models import ARCHITECTURES, VOCABULARY, ragged, tiny
 from tokenmdp.learner import Learner
+from tokenmdp.models import backbone as backbone_module
 from tokenmdp.models.backbone import Backbone, blocks, compute_dtype
 from tokenmdp.models.parts import in_parts
 from tokenmdp.models.policy import Policy
@@ -219,6 +220,28 @@ def test_float32_leaves_every_weight_alone(policy: Policy) -> None:
     before = {name: id(p) for name, p in policy.model.named_parameters()}
     with policy.backbone.converted():
         assert {name: id(p) for name, p in policy.model.named_parameters()} == before
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_packed_weights_give_the_numbers_of_plain_ones(
+    policy: Policy, compute: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a large model does in inference mode, done to a small one."""
+    monkeypatch.setattr(backbone_module, "SMALL", 0)
+    made = Policy(policy.model, policy.tokenizer, name=policy.name, compute=compute)
+    if not backbone_module._can_pack(made.backbone.compute, made.device):
+        pytest.skip(f"this machine does not pack {compute} weights")
+    tokens, linear = ragged().tokens, [m for m in made.model.modules() if type(m) is torch.nn.Linear]
+    with torch.inference_mode(), made.backbone.autocast():
+        plain = made.model(input_ids=tokens, use_cache=False).logits.float()
+        with made.backbone.converted():
+            assert all("forward" in vars(layer) for layer in linear)
+            packed = made.model(input_ids=tokens, use_cache=False).logits.float()
+        assert not any("forward" in vars(layer) for layer in linear)
+    assert torch.allclose(packed, plain, atol=1e-5 if compute == "float32" else 0.02 * float(plain.abs().max()))
+    assert {p.dtype for p in made.model.parameters()} == {torch.float32}
+    made.backbone.twin("all")  # a copy after it can still be made and trained
+    made.twin("top-1").evaluate(ragged())["logp"].sum().backward()
 
 
 # -- frozen first blocks are read once

@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import ctypes
+import functools
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from tokenmdp.types import Read
 if TYPE_CHECKING:
     from peft import PeftModel
 
-SMALL = 2_000_000  # parameters below which conversions to bfloat16 cost more than its products save
+SMALL = 2_000_000  # parameters below which converting or packing weights costs more than it saves
 TRAIN = re.compile(r"all|none|head|top-[1-9]\d*|lora-[1-9]\d*")
 
 
@@ -76,6 +77,7 @@ class Backbone:
         body: the part that maps tokens to hidden states.
         peft: the PEFT wrapper when LoRA adapters train, else None.
         compute: the type matrix products run in; weights stay float32.
+        small: whether the model has fewer than `SMALL` parameters.
         train_spec: which weights train, as given to `twin`.
     """
 
@@ -85,7 +87,9 @@ class Backbone:
         self.train_spec = "all"
         self.body: nn.Module = model.base_model
         self.device = next(model.parameters()).device
-        self.compute = compute_dtype(compute, self.device, sum(p.numel() for p in model.parameters()))
+        parameters = sum(p.numel() for p in model.parameters())
+        self.small = parameters < SMALL
+        self.compute = compute_dtype(compute, self.device, parameters)
         self._divisible: bool | None = None
         self._originals: dict[int, nn.Parameter] = {}  # while weights are `converted`: what each was made from
 
@@ -95,30 +99,39 @@ class Backbone:
 
     @contextmanager
     def converted(self) -> Iterator[None]:
-        """Linear layers hold their weights in the compute type while this lasts, each converted once; the same numbers.
+        """Linear layers hold their weights as products want them while this lasts, each made so once; the same numbers.
 
-        Left alone, autocast converts a frozen weight at every use, and in inference mode every weight at every use: a
-        rollout would convert the whole model again at every token. Weights that train keep their gradient: while
-        gradients are recorded they are left to autocast.
+        * In the compute type. Left alone, autocast converts a frozen weight at every use, and in inference mode every
+          weight at every use: a rollout would convert the whole model again at every token. Weights that train keep
+          their gradient: while gradients are recorded they are left to autocast.
+        * In inference mode on a CPU also in blocks (`_packed`): the few rows of a token are multiplied by weights that
+          come from memory, and laying each out anew is a fifth of that.
         """
+        packs = torch.is_inference_mode_enabled() and not self.small and _can_pack(self.compute, self.device)
         made: dict[int, nn.Parameter] = {}
+        blocked: dict[int, Tensor] = {}
         swapped: list[tuple[nn.Module, nn.Parameter]] = []
+        replaced: list[nn.Module] = []
         try:
-            for layer in self.model.modules() if self.compute != torch.float32 else ():
+            for layer in self.model.modules() if packs or self.compute != torch.float32 else ():
                 weight = layer.weight if isinstance(layer, nn.Linear | transformers.pytorch_utils.Conv1D) else None
-                if (
-                    not isinstance(weight, nn.Parameter)
-                    or weight.dtype == self.compute
-                    or (torch.is_grad_enabled() and weight.requires_grad)
-                ):
+                if not isinstance(weight, nn.Parameter) or (torch.is_grad_enabled() and weight.requires_grad):
                     continue
-                if id(weight) not in made:
-                    made[id(weight)] = nn.Parameter(weight.detach().to(self.compute), requires_grad=False)
-                swapped.append((layer, weight))
-                layer.weight = made[id(weight)]
-                self._originals[id(layer.weight)] = weight
+                if packs and type(layer) is nn.Linear and weight.dtype in (torch.float32, self.compute):
+                    if id(weight) not in blocked:
+                        blocked[id(weight)] = torch.ops.mkldnn._reorder_linear_weight(weight.to(self.compute))
+                    vars(layer)["forward"] = _packed(blocked[id(weight)], layer.bias, self.compute)
+                    replaced.append(layer)
+                elif weight.dtype != self.compute != torch.float32:
+                    if id(weight) not in made:
+                        made[id(weight)] = nn.Parameter(weight.detach().to(self.compute), requires_grad=False)
+                    swapped.append((layer, weight))
+                    layer.weight = made[id(weight)]
+                    self._originals[id(layer.weight)] = weight
             yield
         finally:
+            for layer in replaced:
+                del vars(layer)["forward"]  # its class's own is seen again
             for layer, weight in swapped:
                 self._originals.pop(id(layer.weight), None)
                 layer.weight = weight
@@ -300,6 +313,30 @@ class Backbone:
             digest.update(name.encode())
             digest.update(value.detach().contiguous().cpu().view(torch.uint8).numpy().data)
         return digest.hexdigest()[:16]
+
+
+def _packed(blocked: Tensor, bias: Tensor | None, compute: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """The forward of a linear layer whose weight lies in oneDNN's own blocks."""
+    product = torch.ops.mkldnn._linear_pointwise.default
+    bias = None if bias is None else bias.to(compute)
+
+    def forward(x: Tensor) -> Tensor:
+        return product(x.to(compute), blocked, bias, "none", [], "")
+
+    return forward
+
+
+@functools.cache
+def _can_pack(compute: torch.dtype, device: torch.device) -> bool:
+    """Whether this torch, on this machine, multiplies by packed weights; tried once, on a small product."""
+    if device.type != "cpu" or compute not in (torch.float32, torch.bfloat16):
+        return False
+    x = torch.arange(1.0, 257.0).view(4, 64).sin().to(compute)
+    try:
+        found = _packed(torch.ops.mkldnn._reorder_linear_weight(x), None, compute)(x)
+    except (AttributeError, RuntimeError, NotImplementedError):  # another build, another release, another processor
+        return False
+    return bool(torch.allclose(found.float(), (x @ x.T).float(), rtol=1e-2, atol=1e-2))
 
 
 class _Enough(Exception):
