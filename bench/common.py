@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from tokenmdp.models.backbone import compute_dtype
+from tokenmdp.models.backbone import bfloat16_units, compute_dtype
 from tokenmdp.models.policy import Policy
 
 FULL_RUNS, QUICK_RUNS = 5, 3
@@ -116,14 +116,13 @@ def commit() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """The versions, torch's threads and compute type, and whether this machine multiplies bfloat16 matrices in
-    hardware."""
-    compute = compute_dtype("auto", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    """The versions, torch's threads and compute type, and what multiplies bfloat16 matrices here."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
         "versions": versions(),
         "threads": torch.get_num_threads(),
-        "compute": str(compute).removeprefix("torch."),
-        "matrix_units": compute == torch.bfloat16,
+        "compute": str(compute_dtype("auto", device)).removeprefix("torch."),
+        "bfloat16_units": bfloat16_units(device) or None,
     }
 
 

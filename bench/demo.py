@@ -8,8 +8,8 @@ read from each run's summary.json and judged by thresholds that were stated befo
 
     ppo_minus_sft   at every seed the 95 % interval of PPO's gold score minus SFT's, paired by held-out prefix, is above 0
     kl_nats         at every seed the KL of PPO to SFT is below 20 nats a response
-    minutes         at every seed the job takes at most 15 minutes, downloads apart, on two cores with bfloat16 matrix
-                    units; `matrix_units` says whether this machine has them: without, the figure is no verdict
+    minutes         at every seed the job takes at most 15 minutes, downloads apart, on two cores that multiply bfloat16
+                    in hardware; `bfloat16_units` says by what: where it is empty, the figure is no verdict
     peak_gb         at every seed memory peaks at 8 GB or less
 """
 
@@ -32,7 +32,7 @@ KL_BELOW, MINUTES_AT_MOST, GB_AT_MOST = 20.0, 15.0, 8.0
 THRESHOLDS = {
     "ppo_minus_sft": "lower end of the 95 % interval above 0 at every seed",
     "kl_nats": f"below {KL_BELOW:g} at every seed",
-    "minutes": f"at most {MINUTES_AT_MOST:g} at every seed, on a machine with matrix units",
+    "minutes": f"at most {MINUTES_AT_MOST:g} at every seed, on a machine that multiplies bfloat16 in hardware",
     "peak_gb": f"at most {GB_AT_MOST:g} at every seed",
 }
 
@@ -114,9 +114,9 @@ def show(results: Mapping[str, Any]) -> None:
     console.print(table)
     for name, passed in results["passed"].items():
         console.print(f"{'passed' if passed else 'FAILED'}: {name}, {results['thresholds'][name]}", highlight=False)
-    if not results["matrix_units"]:
+    if not results["bfloat16_units"]:
         console.print(
-            "this machine has no bfloat16 matrix units: `minutes` is no verdict on the promise", highlight=False
+            "nothing here multiplies bfloat16 in hardware: `minutes` is no verdict on the promise", highlight=False
         )
 
 

@@ -49,7 +49,7 @@ def check_rows(found: dict[str, Any], unit: str) -> None:
     meta = found.pop("_meta")
     assert meta["model"] == "tiny"
     assert meta["compute"] == "float32"
-    assert {"command", "versions", "threads", "matrix_units"} <= meta.keys()
+    assert {"command", "versions", "threads", "bfloat16_units"} <= meta.keys()
     assert len(found) == 4
     for row in found.values():
         assert row["unit"] == unit
@@ -164,7 +164,7 @@ def test_demo_bench_keeps_the_figures_and_judges_them(
         "peak_gb": 4.0,
     }
     assert found["passed"] == dict.fromkeys(("ppo_minus_sft", "kl_nats", "minutes", "peak_gb"), True)
-    assert {"command", "size", "versions", "threads", "compute", "matrix_units", "thresholds"} <= found.keys()
+    assert {"command", "size", "versions", "threads", "compute", "bfloat16_units", "thresholds"} <= found.keys()
     assert "passed: kl_nats" in capsys.readouterr().out
 
 

@@ -41,9 +41,22 @@ def keep_freed_blocks() -> None:
         mallopt(parameter, value)
 
 
+def bfloat16_units(device: torch.device) -> str:
+    """What multiplies bfloat16 matrices in hardware there; empty for nothing.
+
+    Tiles (AMX) take about a seventh of the time of float32, dot products of pairs (AVX512-BF16) a third. Without either,
+    a product on a CPU is emulated, up to a hundred times slower than float32.
+    """
+    if device.type == "cuda":
+        return "GPU" if torch.cuda.is_bf16_supported() else ""
+    units = {"AMX": "_is_amx_tile_supported", "AVX512-BF16": "_is_avx512_bf16_supported"}
+    found = [name for name, asked in units.items() if device.type == "cpu" and getattr(torch.cpu, asked, bool)()]
+    return found[0] if found else ""
+
+
 def compute_dtype(compute: str, device: torch.device, parameters: int | None = None) -> torch.dtype:
-    """The type matrix products run in: `auto` takes bfloat16 where the machine multiplies it in hardware and the model
-    is large enough to gain by it, else float32.
+    """The type matrix products run in: `auto` takes bfloat16 where the machine has units for it and the model is large
+    enough to gain by them, else float32.
 
     Args:
         parameters: how many the model has; None is for many.
@@ -57,15 +70,8 @@ def compute_dtype(compute: str, device: torch.device, parameters: int | None = N
         return torch.bfloat16
     if compute != "auto":
         raise ValueError(f"compute is {compute!r}; it must be auto, float32 or bfloat16")
-    if parameters is not None and parameters < SMALL:
-        return torch.float32
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    # Tiles (AMX) or dot products of pairs (AVX512-BF16): about seven and three times float32. Without either a bfloat16
-    # product on a CPU is emulated, up to a hundred times slower than float32.
-    units = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    supported = device.type == "cpu" and any(getattr(torch.cpu, unit, bool)() for unit in units)
-    return torch.bfloat16 if supported else torch.float32
+    large = parameters is None or parameters >= SMALL
+    return torch.bfloat16 if large and bfloat16_units(device) else torch.float32
 
 
 class Backbone:
