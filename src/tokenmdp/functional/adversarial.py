@@ -137,8 +137,8 @@ def to_go(
     Raises:
         ValueError: when a response has more tokens than the horizon.
 
-    Source: Kostrikov et al. 2019 (DAC), section 4 (absorbing states). Differs: they learn the absorbing state's reward;
-    here it is known.
+    Source: Kostrikov et al. 2019 (DAC), section 4.2 (absorbing states). Differs: they learn the absorbing state's
+    reward; here it is known.
     """
     length = action.sum(1)
     if int(length.max()) > horizon:

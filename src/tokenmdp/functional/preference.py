@@ -177,7 +177,7 @@ def dpo(
     Raises:
         ValueError: when beta is not positive, or label_smoothing is outside [0, 0.5).
 
-    Source: Rafailov et al. 2023, eq. 7; the smoothing: Mitchell 2023, "A note on DPO with noisy preferences".
+    Source: Rafailov et al. 2023, eq. 7; the smoothing: Mitchell 2023, "A note on DPO with noisy preferences", eq. 3.
     """
     chosen = implicit_reward(logp_chosen, logp_ref_chosen, beta)
     return bradley_terry(chosen, implicit_reward(logp_rejected, logp_ref_rejected, beta), 0.0, label_smoothing)
@@ -353,7 +353,7 @@ def kto(
         reference_point: z, nats, from `kto_reference` of the whole batch; a constant, or the same one in each row.
         beta: β, reward units a nat.
         desirable, undesirable: λ_D and λ_U, what a gain and a loss are worth. To balance labels of unequal number,
-            choose them so that λ_D n_D / (λ_U n_U) lies between 1 and 4/3.
+            choose them so that λ_D n_D / (λ_U n_U) lies between 1 and 4/3 (the paper's last version: 3/2).
 
     Returns:
         Between 0 and λ; λ / 2 where π is the reference and z = 0.
@@ -361,7 +361,7 @@ def kto(
     Raises:
         ValueError: when beta is not positive, or a weight is negative.
 
-    Source: Ethayarajh et al. 2024 (KTO), eq. 7; the balance of the weights: eq. 8.
+    Source: Ethayarajh et al. 2024 (KTO), arXiv version 1, eq. 7; the balance of the weights: eq. 8 (eq. 9 in the last).
     """
     for name, value in (("desirable", desirable), ("undesirable", undesirable)):
         if value < 0:

@@ -75,7 +75,7 @@ def cql(q: Float[Tensor, "*S V"], chosen: Int[Tensor, "*S"]) -> Float[Tensor, "*
         q: Q of every action, reward units.
         chosen: the action of the data.
 
-    Source: Kumar et al. 2020 (CQL), eq. 4 with its entropy form; on tokens Snell et al. 2022 (ILQL), section 4.
+    Source: Kumar et al. 2020 (CQL), eq. 4, its form CQL(H); on tokens Snell et al. 2022 (ILQL), section 4.
     """
     return q.logsumexp(-1) - q.gather(-1, chosen[..., None]).squeeze(-1)
 
@@ -110,7 +110,8 @@ def soft_target(
     Raises:
         ValueError: when gamma or lam is outside [0, 1].
 
-    Source: Nachum et al. 2017 (path consistency learning), theorem 1; for text Guo et al. 2021, section 3.
+    Source: Nachum et al. 2017 (path consistency learning), theorem 1, and corollary 2 for paths; for text Guo et al.
+    2021, section 3.
     Differs: paths of all lengths mixed by λ, as GAE mixes returns; the entropy is relative to a reference policy.
     """
     zero = torch.zeros_like(value)
@@ -139,7 +140,7 @@ def advantage_weight(
     Raises:
         ValueError: when beta or clip is not positive.
 
-    Source: Peng et al. 2019 (AWR), algorithm 1 (there ω_max = 20); Kostrikov et al. 2021 (IQL), eq. 7.
+    Source: Peng et al. 2019 (AWR), algorithm 1 (their code clips at ω_max = 20); Kostrikov et al. 2021 (IQL), eq. 7.
     """
     for name, number in (("beta", beta), ("clip", clip)):
         if not number > 0:

@@ -7,7 +7,8 @@ The reference point z says how far the policy has moved anyway: a response count
 estimated from the step's own rows, each prompt with the response to the next one, over the whole batch and before the
 learner's step, so that micro-batches cannot change it.
 
-Source: Ethayarajh et al. 2024 (KTO), eq. 7 and section 4.1; the balance of λ_D and λ_U: eq. 8.
+Source: Ethayarajh et al. 2024 (KTO), arXiv version 1, eq. 7 and section 4.1; the balance of λ_D and λ_U: eq. 8 (in the
+last version eq. 9, with 3/2 in the place of 4/3).
 Differs: responses are mismatched anew in every step, and never with another response to the same prompt.
 """
 
