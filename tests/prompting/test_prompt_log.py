@@ -63,6 +63,21 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
         np.testing.assert_equal(getattr(again, name), getattr(log, name))
 
 
+def test_answers_that_were_cut_are_told_by_prompt(tmp_path: Path) -> None:
+    """Prompt a ended once and was cut once, and of its third answer nothing is said. Words of files without types count."""
+    log = read(tmp_path, [{**row, "ended": e} for row, e in zip(ROWS, (True, None, None, "false"), strict=True)])
+    assert log.cut() == {"a": 0.5}
+    assert "were cut before they ended: a 50%." in logs.cut_in_words(log)
+    logs.write(log, tmp_path / "again.jsonl")
+    again = logs.read(tmp_path / "again.jsonl")
+    assert again.cut() == log.cut()
+    assert again.select(np.array([0])).cut() == {"a": 0.0}
+    assert logs.cut_in_words(again.select(np.array([0]))) == ""
+    assert read(tmp_path, ROWS).cut() == {}
+    with pytest.raises(ValueError, match="ended is 'perhaps'; it must be true or false"):
+        read(tmp_path, [*ROWS, {"query": "4", "prompt_id": "a", "reward": 1, "ended": "perhaps"}])
+
+
 def test_compact_leaves_out_what_has_no_trial(tmp_path: Path) -> None:
     log = read(tmp_path, ROWS).of_prompts([1]).compact()
     assert (log.queries, log.prompt_ids, log.prompt.tolist()) == (("2+2",), ("b",), [0])

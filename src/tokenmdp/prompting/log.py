@@ -2,7 +2,7 @@
 
 One trial a row, in the columns
 
-    query_id, query, prompt_id, prompt, response, reward [, propensity, model, cost, repeat, split, ...]
+    query_id, query, prompt_id, prompt, response, reward [, propensity, model, cost, repeat, ended, split, ...]
 
 as JSONL, CSV or Parquet; or a query a row with `correct: {prompt_id: reward}`, as outcomes are published. Queries and
 prompts are kept once each, trials as arrays of numbers, so that a million of them fit in memory.
@@ -24,7 +24,8 @@ from tokenmdp.prompting import champ
 from tokenmdp.tasks import files
 
 LONGEST = 1 << 20  # characters of a query or prompt
-COLUMNS = ("query", "prompt", "reward", "repeat", "part", "propensity", "cost")
+COLUMNS = ("query", "prompt", "reward", "repeat", "part", "propensity", "cost", "ended")
+MANY_CUT = 0.1  # share of a prompt's answers from which a reader is warned
 _NEEDED = ("query", "prompt_id", "reward")
 
 
@@ -40,6 +41,7 @@ class Log:
         repeat: [N] 0 for the first trial of its query and prompt, 1 for the second, ...
         propensity: [N] with what probability the logging policy chose that prompt for that query, where it is known.
         cost: [N] what the trial cost, in the log's own unit, where it is known.
+        ended: [N] 1 where the answer ended by itself, 0 where it was cut, NaN where the log does not say.
         part: [N] which of `parts` a trial is in by the log's own account.
         parts: the names of these, such as train and test; `""` where the log says nothing.
         facts: what was noticed while reading.
@@ -55,6 +57,7 @@ class Log:
     repeat: NDArray[np.int64]
     propensity: NDArray[np.float64] | None = None
     cost: NDArray[np.float64] | None = None
+    ended: NDArray[np.float64] | None = None
     part: NDArray[np.int64] | None = None
     parts: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -72,6 +75,7 @@ class Log:
             repeat=self.repeat[trials],
             propensity=None if self.propensity is None else self.propensity[trials],
             cost=None if self.cost is None else self.cost[trials],
+            ended=None if self.ended is None else self.ended[trials],
             part=None if self.part is None else self.part[trials],
         )
 
@@ -113,6 +117,16 @@ class Log:
             return None
         count = np.bincount(self.prompt, minlength=len(self.prompts))
         return np.asarray(np.bincount(self.prompt, self.cost, len(self.prompts)) / np.maximum(count, 1))
+
+    def cut(self) -> dict[str, float]:
+        """What share of a prompt's answers was cut before it ended, of the prompts of which the log says it of any."""
+        if self.ended is None:
+            return {}
+        told = ~np.isnan(self.ended)
+        return {
+            self.prompt_ids[p]: float(1 - self.ended[told & (self.prompt == p)].mean())
+            for p in np.unique(self.prompt[told])
+        }
 
     def compact(self) -> Log:
         """Without the queries and prompts that have no trial, and the rest numbered anew."""
@@ -244,6 +258,7 @@ class Builder:
         for name in ("propensity", "cost"):
             value = row.get(name)
             self.columns[name].append(math.nan if value in (None, "") else _number(value, name, where))
+        self.columns["ended"].append(_yes(row.get("ended"), "ended", where))
         propensity = self.columns["propensity"][-1]
         if not (math.isnan(propensity) or 0 < propensity <= 1):
             raise ValueError(f"{where}: propensity is {propensity}; it must be in (0, 1]: what was tried had a chance")
@@ -317,6 +332,7 @@ class Builder:
                     f"{source}: {int(some.sum())} of {len(some)} trials have no {name}: give it for all or for none"
                 )
         repeat = np.asarray(self.columns["repeat"], dtype=np.int64)
+        ended = np.asarray(self.columns["ended"])
         facts = {
             "trials": len(reward),
             "queries": len(self.queries),
@@ -334,6 +350,7 @@ class Builder:
             reward=reward,
             repeat=repeat,
             **{name: None if np.isnan(values).all() else values for name, values in optional.items()},
+            ended=None if np.isnan(ended).all() else ended,
             part=np.asarray(self.columns["part"], dtype=np.int64),
             parts=tuple(self.parts),
             facts=facts,
@@ -343,6 +360,18 @@ class Builder:
 def name_of(text: str) -> str:
     """A short name for a text: the first twelve hex digits of its SHA-256."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+
+
+def cut_in_words(log: Log) -> str:
+    """A warning where a tenth of a prompt's answers, or more, were cut; empty where not."""
+    most = {name: share for name, share in log.cut().items() if share >= MANY_CUT}
+    if not most:
+        return ""
+    said = ", ".join(f"{name} {share:.0%}" for name, share in sorted(most.items(), key=lambda item: -item[1]))
+    return (
+        f"answers were cut before they ended: {said}. A cut answer counts as wrong, so such a prompt is judged by the length "
+        "of its answers, too: collect again with more new tokens"
+    )
 
 
 def retest(log: Log) -> float | None:
@@ -388,6 +417,16 @@ def _number(value: Any, column: str, where: str) -> float:
     return found
 
 
+def _yes(value: Any, column: str, where: str) -> float:
+    """1 for yes, 0 for no, NaN where nothing is said; files without types write the words."""
+    if value in (None, ""):
+        return math.nan
+    found = {"true": 1.0, "1": 1.0, "false": 0.0, "0": 0.0}.get(str(value).strip().lower().removesuffix(".0"))
+    if found is None:
+        raise ValueError(f"{where}: {column} is {value!r:.60}; it must be true or false")
+    return found
+
+
 def write(log: Log, path: Path, responses: Sequence[str] | None = None) -> None:
     """Write a log as JSONL, one trial a row; `responses` are the texts that go with the trials, where they are kept."""
     import json
@@ -406,4 +445,6 @@ def write(log: Log, path: Path, responses: Sequence[str] | None = None) -> None:
             for name, values in (("propensity", log.propensity), ("cost", log.cost)):
                 if values is not None:
                     row[name] = float(values[i])
+            if log.ended is not None and not math.isnan(log.ended[i]):
+                row["ended"] = bool(log.ended[i])
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

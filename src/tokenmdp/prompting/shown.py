@@ -17,9 +17,9 @@ EXAMPLES, LONGEST = 16, 240  # rows, and characters of a text
 
 
 def by_prompt(log: Log, pick: NDArray[np.int64]) -> list[dict[str, Any]]:
-    """A row a prompt: how its trials went, for what share of queries it was chosen, what it costs."""
+    """A row a prompt: how its trials went, how many were cut, for what share of queries it was chosen, what it costs."""
     chosen = np.bincount(pick[log.tried()], minlength=len(log.prompts)) / len(log.tried())
-    cost = log.mean_cost()
+    cost, cut = log.mean_cost(), log.cut()
     out = []
     for at in np.unique(log.prompt):
         reward = log.reward[log.prompt == at]
@@ -30,6 +30,7 @@ def by_prompt(log: Log, pick: NDArray[np.int64]) -> list[dict[str, Any]]:
                 "rate": stats.wilson(float(reward.sum()), len(reward))._asdict(),
                 "chosen": float(chosen[at]),
                 "cost": None if cost is None else float(cost[at]),
+                "cut": cut.get(log.prompt_ids[at]),
             }
         )
     return out

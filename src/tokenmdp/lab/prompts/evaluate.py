@@ -49,6 +49,8 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     """Read the log, judge the proxies and the choices, print the table."""
     log = logs.read(cfg.trials, cfg.prompts or None, cfg.model)
     log = log.only(cfg.only) if cfg.only else log
+    if warning := logs.cut_in_words(log):
+        run.note(warning)
     found = evaluate(cfg, log, run)
     (run.folder / "summary.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     page = report.build(run.folder)

@@ -35,6 +35,8 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
         raise ValueError(f"proxy is {cfg.proxy!r}; what can be kept is {', '.join(kept)}, or several with + between")
     log = logs.read(cfg.trials, cfg.prompts or None, cfg.model)
     log = log.only(cfg.only) if cfg.only else log
+    if warning := logs.cut_in_words(log):
+        run.note(warning)
     if cfg.price and log.cost is None:
         raise ValueError(f"price is {cfg.price}, but {cfg.trials} has no column cost: leave --price out")
     learn = features(cfg.sentences, cfg.components, run.folder / "embeddings")

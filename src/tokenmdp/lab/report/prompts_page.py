@@ -26,9 +26,16 @@ def sections(summary: Figures) -> dict[str, Any]:
         else None,
         "by_cluster": figures.ladder(kinds, "by-cluster", "the pick over the best constant prompt") if kinds else None,
         "table": [
-            (r.get("id"), r.get("text"), percent(number(r.get("chosen"))), num(number(r.get("cost"))))
+            (
+                r.get("id"),
+                r.get("text"),
+                percent(number(r.get("chosen"))),
+                num(number(r.get("cost"))),
+                percent(number(r.get("cut"))),
+            )
             for r in summary.rows("by_prompt")
         ],
+        "cut": any(number(r.get("cut")) for r in summary.rows("by_prompt")),
         "clusters": [(r.get("id"), count(number(r.get("queries"))), r.get("text")) for r in summary.rows("by_cluster")],
         "predicted": list(predicted(summary)),
         "changed": summary.rows("changed"),
