@@ -74,11 +74,11 @@ SIZES = {
         prefix_tokens=8,
         sft=sft.Config(steps=40, rows=16, learning_rate=1e-4, train="all", evaluate_every=20),
         rm=reward_model.Config(
-            epochs=1, rows=16, learning_rate=5e-5, head_learning_rate=1e-3, train="top-10", pool="mean", warmup=4
+            epochs=2, rows=16, learning_rate=1e-4, head_learning_rate=5e-3, train="top-10", pool="mean", warmup=4
         ),
-        ppo=ppo.Config(steps=16, prompts=16, samples=4, max_new_tokens=24, learning_rate=7e-5, kl=0.05, train="top-10"),
-        pairs=800,
-        held_out_pairs=160,
+        ppo=ppo.Config(steps=16, prompts=16, samples=4, max_new_tokens=24, learning_rate=7e-5, kl=0.07, train="top-10"),
+        pairs=1000,
+        held_out_pairs=200,
         sharpness=3.0,
         held_out=64,
         candidates=8,
