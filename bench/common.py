@@ -107,12 +107,19 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit of this checkout, with `-dirty` where files differ from it; `unknown` outside of one."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
+    """The commit of this checkout, with `-dirty` where what is measured differs from it (a result file that an earlier bench
+    rewrote does not); `unknown` outside of one.
+    """
+    git = ["git", "-C", str(Path(__file__).parents[1])]
+    measured = ["src", "bench", "pyproject.toml", "constraints.txt"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "--", *measured], capture_output=True, text=True, check=True
+        ).stdout
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return name.strip() + "-dirty" * bool(changed.strip())
 
 
 def machine() -> dict[str, Any]:

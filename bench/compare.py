@@ -48,7 +48,7 @@ FLAGS: dict[str, dict[str, Any]] = {
         "model": "smollm2-135m-instruct",
         "solvers": "rloo,grpo,ppo,raft,dpo,kto,awr,best-of-n",
         "seeds": 3,
-        "budget-tokens": 24_576,
+        "budget-tokens": 15_360,
         "warm-steps": 40,
         "warm-learning-rate": 1e-4,
         "warm-score": 1e9,  # all 40 steps

@@ -54,7 +54,7 @@ FULL = Size(
         divergence="forward", steps=3, prompts=24, rows=16, updates=8, aggregate=True, learning_rate=1e-4, train="top-4"
     ),
     pairs=48,
-    rm=reward_model.Config(epochs=1, rows=16, learning_rate=5e-5, head_learning_rate=1e-3, train="top-4", pool="mean"),
+    rm=reward_model.Config(epochs=2, rows=16, learning_rate=1e-4, head_learning_rate=5e-3, train="top-4", pool="mean"),
     rl=grpo.Config(steps=6, prompts=8, samples=4, learning_rate=5e-5, kl=0.02, train="top-4"),
     judged=32,
     samples=2,

@@ -112,7 +112,7 @@ FULL = Size(
     noise=(0.0, 0.1, 0.2, 0.3, 0.4),
     seeds=5,
     body=reward_model.Config(
-        epochs=1, rows=16, learning_rate=5e-5, head_learning_rate=1e-3, warmup=4, train="top-4", pool="mean"
+        epochs=2, rows=16, learning_rate=1e-4, head_learning_rate=5e-3, warmup=4, train="top-4", pool="mean"
     ),
     body_pairs=800,
     body_noise=(0.0, 0.3),

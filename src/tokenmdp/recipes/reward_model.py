@@ -42,7 +42,7 @@ class Config:
     epochs: int = 1  # passes over the pairs; more than one overfits soon
     rows: int = 16  # pairs a step
     learning_rate: float = 5e-5  # highest; decays linearly to 0
-    head_learning_rate: float = 1e-3  # of the head, which starts at zero
+    head_learning_rate: float = 5e-3  # of the head, which starts at zero: at 1e-3 a few hundred labels hardly move it
     warmup: int = 3  # steps over which the rates rise
     train: str = "all"  # what of the body trains: all | top-N blocks | lora-R rank | head (nothing but the head)
     pool: str = "last"  # what the head reads: last (what other tools expect) | mean (better with few labels)
