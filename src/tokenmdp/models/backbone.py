@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 SMALL = 2_000_000  # parameters below which converting or packing weights costs more than it saves
+PACK_FROM = 8  # passes: packing costs about what four save
 TRAIN = re.compile(r"all|none|head|top-[1-9]\d*|lora-[1-9]\d*")
 
 
@@ -104,7 +105,7 @@ class Backbone:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.compute == torch.bfloat16)
 
     @contextmanager
-    def converted(self) -> Iterator[None]:
+    def converted(self, passes: int = 1) -> Iterator[None]:
         """Linear layers hold their weights as products want them while this lasts, each made so once; the same numbers.
 
         * In the compute type. Left alone, autocast converts a frozen weight at every use, and in inference mode every
@@ -112,8 +113,12 @@ class Backbone:
           their gradient: while gradients are recorded they are left to autocast.
         * In inference mode on a CPU also in blocks (`_packed`): the few rows of a token are multiplied by weights that
           come from memory, and laying each out anew is a fifth of that.
+
+        Args:
+            passes: how many passes will be made; blocks are not worth their making for fewer than `PACK_FROM`.
         """
-        packs = torch.is_inference_mode_enabled() and not self.small and _can_pack(self.compute, self.device)
+        many = passes >= PACK_FROM and not self.small and torch.is_inference_mode_enabled()
+        packs = many and _can_pack(self.compute, self.device)
         made: dict[int, nn.Parameter] = {}
         blocked: dict[int, Tensor] = {}
         swapped: list[tuple[nn.Module, nn.Parameter]] = []

@@ -195,7 +195,8 @@ class Policy:
                 )
         uniform = torch.rand((len(prompts) * n, sampling.max_new_tokens), generator=rng, dtype=torch.float64)
         engine = self.engine()
-        with torch.inference_mode(), self.backbone.autocast(), self.backbone.converted():
+        passes = sampling.max_new_tokens
+        with torch.inference_mode(), self.backbone.autocast(), self.backbone.converted(passes):
             drawn = engine(self, [p.ids for p in prompts], n, uniform.to(self.device), sampling, advance)
         rows = [p for p in prompts for _ in range(n)]
         return Batch.build(

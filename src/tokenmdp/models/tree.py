@@ -96,7 +96,7 @@ def branch(
     states = [tokens[f.parent][: f.length] for f in forks]
     longest = max(f.horizon for f in forks)
     uniform = torch.rand((len(forks) * k, longest), generator=rng, dtype=torch.float64).to(policy.device)
-    with torch.inference_mode(), policy.backbone.autocast(), policy.backbone.converted():
+    with torch.inference_mode(), policy.backbone.autocast(), policy.backbone.converted(longest):
         if policy.engine() is decode.fast:
             drawn = decode.fork(policy, states, [f.horizon for f in forks], k, uniform, sampling, advance)
         else:
