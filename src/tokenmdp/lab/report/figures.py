@@ -98,7 +98,7 @@ def _draw_ppo(axes: Axes, ppo: Path) -> None:
     for at, (x, y) in enumerate(zip(ppo.root_kl, ppo.score, strict=True)):
         axes.plot([x], [y], "o", markersize=4, color=colour("ppo"), alpha=0.25 + 0.6 * at / len(ppo.score), zorder=2)
     middle = len(ppo.score) // 2
-    x, y = ppo.root_kl[middle], ppo.score[middle]
+    x, y = ppo.root_kl[middle], min(ppo.score[middle:])  # below all that is drawn to the right of it
     _note(axes, x, y, "PPO in training", "ppo", (8, -14), "left")
 
 
@@ -324,7 +324,7 @@ def reliability(table: Sequence[tuple[float, float, int]]) -> Markup:
     """Predicted against observed frequencies with Wilson intervals, and below how many predictions each bin has."""
     figure, axes = canvas(370, 330, left=40, right=16, top=26, bottom=104)
     axes.plot([0, 1], [0, 1], color=colour("muted"), linewidth=1.2, linestyle=(0, (4, 3)))
-    _note(axes, 0.1, 0.1, "calibrated", "muted", (14, -2), "left")
+    _note(axes, 1.0, 1.0, "calibrated", "muted", (-24, 0), "right")
     axes.plot([p for p, _, _ in table], [o for _, o, _ in table], color=colour("accent"), linewidth=1.4, alpha=0.6)
     for predicted, observed, size in table:
         interval = wilson(round(observed * size, 6), size)
