@@ -7,9 +7,9 @@
 `char` is addition, a character at a time, on the tiny model: every solver, five seeds, each solver's learning rate
 chosen from three beforehand. `char-long` gives those online solvers that missed the threshold of `char` four times the
 tokens, beside one that did not. `sentiment` is the embedded model on movie reviews, scored by the gold classifier: one
-solver of each family or two, three seeds; an hour on two cores that multiply bfloat16 in hardware, hours on others. Each is one `tokenmdp compare` in runs/compare-NAME, whose page
-is report.html there. What is finished is not run again, and what was killed goes on where it stopped; --fresh begins
-anew. Judged by what was stated before any run:
+solver of each family or two, three seeds; an hour on two cores that multiply bfloat16 in hardware, hours on others.
+Each is one `tokenmdp compare` in runs/compare-NAME, whose page is report.html there. What is finished is not run again,
+and what was killed goes on where it stopped; --fresh begins anew. Judged by what was stated before any run:
 
     start        `char`, `char-long`: the start is right in 30 to 50 % of sampled responses, so that there is something to learn and
                  something to learn from
