@@ -155,16 +155,18 @@ class Log:
         return np.unique(self.query)
 
 
-def read(source: str | Path, prompts: str | Path | None = None, model: str = "") -> Log:
+def read(source: str | Path, prompts: str | Path | None = None, model: str = "", only: str = "") -> Log:
     """Read a log, a row at a time.
 
     Args:
         source: a JSONL, JSON, CSV or Parquet file, gzipped or not, CHAMP's `v0.json`, or a hub id.
         prompts: a file with prompt_id and prompt, for logs that name prompts without their texts.
         model: whose trials to take, of a log of several models.
+        only: ids of the prompts whose trials to take, with commas between; empty for all.
 
     Raises:
-        ValueError: what `Builder.add` and `Builder.build` raise, with the row's number; no trial of that model.
+        ValueError: what `Builder.add` and `Builder.build` raise, with the row's number; no trial of that model; no such
+            prompt.
     """
     texts: dict[str, str] = {}
     if prompts is not None:
@@ -178,7 +180,8 @@ def read(source: str | Path, prompts: str | Path | None = None, model: str = "")
     builder = Builder(texts, model)
     for number, row in enumerate(champ.rows(path) if champ.recognised(path) else files.stream(source), 1):
         builder.add(row, f"{source}, row {number}")
-    return builder.build(str(source))
+    log = builder.build(str(source))
+    return log.only(only) if only else log
 
 
 def query_of(row: Mapping[str, Any], number: int) -> str:

@@ -47,8 +47,7 @@ class Config:
 
 def main(cfg: Config, run: Run) -> dict[str, Any]:
     """Read the log, judge the proxies and the choices, print the table."""
-    log = logs.read(cfg.trials, cfg.prompts or None, cfg.model)
-    log = log.only(cfg.only) if cfg.only else log
+    log = logs.read(cfg.trials, cfg.prompts or None, cfg.model, cfg.only)
     if warning := logs.cut_in_words(log):
         run.note(warning)
     found = evaluate(cfg, log, run)

@@ -33,8 +33,7 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     kept = [name for name in stored.KINDS if name != "stacked"]
     if not set(cfg.proxy.split("+")) <= set(kept):
         raise ValueError(f"proxy is {cfg.proxy!r}; what can be kept is {', '.join(kept)}, or several with + between")
-    log = logs.read(cfg.trials, cfg.prompts or None, cfg.model)
-    log = log.only(cfg.only) if cfg.only else log
+    log = logs.read(cfg.trials, cfg.prompts or None, cfg.model, cfg.only)
     if warning := logs.cut_in_words(log):
         run.note(warning)
     if cfg.price and log.cost is None:
