@@ -26,7 +26,7 @@ LAYERS = [
     ("functional",),
     ("models",),
     ("tasks", "rewards", "experts", "prompting"),
-    ("config", "learner", "parallel", "run", "judge"),
+    ("config", "learner", "parallel", "run", "gate", "judge"),
     ("recipes",),
     ("testing",),
     ("lab",),

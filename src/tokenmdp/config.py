@@ -68,7 +68,19 @@ RANGES: Mapping[str, Range] = {
     **dict.fromkeys(("repeats", "concurrency", "calls", "finalists", "components"), COUNT),
     **dict.fromkeys(("limit", "per_minute", "price", "price_in", "price_out"), NOT_NEGATIVE),
     **dict.fromkeys(
-        ("kl", "kl_target", "clip", "clip_high", "entropy", "truncation", "centring", "margin"), NOT_NEGATIVE
+        (
+            "kl",
+            "kl_target",
+            "clip",
+            "clip_high",
+            "value_clip",
+            "score_clip",
+            "entropy",
+            "truncation",
+            "centring",
+            "margin",
+        ),
+        NOT_NEGATIVE,
     ),
     **dict.fromkeys(("desirable", "undesirable", "demo_weight", "cql", "temperature"), NOT_NEGATIVE),
     **dict.fromkeys(("warmup", "warm_steps", "futures", "rollouts", "overlong", "dynamic_sampling"), NOT_NEGATIVE),

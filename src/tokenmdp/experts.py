@@ -103,7 +103,7 @@ class Teacher:
 
 
 def check_vocabularies(student: Policy, teacher: Policy) -> None:
-    """A student's tokens mean the same to its teacher.
+    """A student's tokens mean the same to its teacher, or a policy's to its reference.
 
     Raises:
         ValueError: the vocabularies differ, saying by how much and what to do.
@@ -114,10 +114,10 @@ def check_vocabularies(student: Policy, teacher: Policy) -> None:
         return
     moved = sum(ours[token] != number for token, number in theirs.items() if token in ours)
     raise ValueError(
-        f"student {student.name} ({len(ours)} tokens, {sizes[0]} logits) and teacher {teacher.name} ({len(theirs)} tokens, "
-        f"{sizes[1]} logits) have different vocabularies: {len(ours.keys() ^ theirs.keys())} tokens are in one only, {moved} "
-        "have another number. Token for token they cannot be compared: take a teacher with the student's tokenizer, or let "
-        "it write demonstrations as text and clone these with `sft`"
+        f"{student.name} ({len(ours)} tokens, {sizes[0]} logits) and {teacher.name} ({len(theirs)} tokens, {sizes[1]} logits) "
+        f"have different vocabularies: {len(ours.keys() ^ theirs.keys())} tokens are in one only, {moved} have another number. "
+        "Token for token they cannot be compared: take two with one tokenizer; a teacher may also write demonstrations as "
+        "text, to be cloned with `sft`"
     )
 
 

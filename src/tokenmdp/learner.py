@@ -131,7 +131,7 @@ class Learner:
             self.optimiser.zero_grad(set_to_none=True)
             raise NonFiniteLoss(
                 f"the gradient's norm is {float(norm)} at optimiser step {self.taken}; no weight was changed: lower the learning "
-                "rate, or clip the score"
+                "rate, or hold the reward within bounds (`ppo` has score_clip)"
             )
         if self.clip_norm:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)

@@ -276,7 +276,8 @@ class Score:
         verdict: [B] False where the reward gave no verdict (None, NaN, an exception, a time-out). A missing score is
             never taken for 0: rows without a verdict get weight 0 and are counted.
         token: [B, L] which token earned what of `value`, where the reward says so; their sum is `value`. Else None.
-        parts: where several rewards were mixed, what each of them said, by its name.
+        parts: where several rewards were mixed, what each of them said, by its name; of a judge, what it said in either
+            order.
         reasons: why a row has no verdict, by the row's number, where the reward knows.
         steps: [B, L] what a process reward says of each step, at the step's last token, else None: a second signal, which
             need not add up to `value` and is paid only where that is asked for (`credit=process`).

@@ -122,6 +122,12 @@ def test_whitened_numbers_have_mean_0_and_variance_1_in_any_unit(seed: int, unit
     assert bool((y[w == 0] == 0).all())
 
 
+def test_the_mean_may_stay_where_it_is() -> None:
+    """σ of (0, 4) at weights 3 and 1 is √3."""
+    y = returns.whiten(torch.tensor([0.0, 4.0], dtype=F64), torch.tensor([3.0, 1.0], dtype=F64), shift=False)
+    assert y.tolist() == pytest.approx([0.0, 4 / 3**0.5])
+
+
 def test_what_does_not_vary_whitens_to_zero() -> None:
     for dtype in (torch.float32, F64):
         x = torch.full((7, 11), 0.1, dtype=dtype)  # 0.1 has no exact binary form: rounding must not become signal

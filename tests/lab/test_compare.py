@@ -97,7 +97,7 @@ def test_a_response_without_a_verdict_is_in_no_pair():
 # ------------------------------------------------------------ what is said of the results
 
 
-def result(solver: str, scores: list[float], family: str = "online", **more: Any) -> dict[str, Any]:
+def result(solver: str, scores: list[float | None], family: str = "online", **more: Any) -> dict[str, Any]:
     about = {
         "learning_rate": 1e-3,
         "failure": "",
@@ -136,11 +136,20 @@ def test_the_rows_by_hand():
     assert rows["good"]["failed"] == 0
     # A run without a policy counts as its start.
     assert rows["broken"]["scores"][:2] == pytest.approx([0.15, 0.15])
-    assert rows["broken"]["failures"] == {"crash": 2, "non-finite": 0, "not better": 0}
+    assert rows["broken"]["failures"] == {"crash": 2, "non-finite": 0, "no verdict": 0, "not better": 0}
     assert rows["broken"]["messages"] == ["ValueError: <b>bad</b>"]
     assert rows["idle"]["failures"]["not better"] == 5
     assert rows["idle"]["improvement"]["start"]["mean"] == 0.5
     assert next(row["solver"] for row in ranking.rows_of(made_up(), solvers.BASELINES)) == "good"
+
+
+def test_a_prompt_without_a_verdict_is_no_score_of_zero():
+    """Both have a verdict on two prompts only: 0.6 - 0.2 and 0.8 - 0.3; the mean of the run is over its own three."""
+    start, mine = result("start", [0.2, 0.3, None, 0.9], "baseline"), result("good", [0.6, 0.8, 0.1, None])
+    assert ranking.final(mine, start) == pytest.approx(0.5)
+    assert ranking.beats(mine, start).mean == pytest.approx(0.45)
+    nowhere = ranking.beats(result("good", [None, None, 0.1, None]), start)
+    assert not nowhere.low > 0  # nothing in common: no gain that anyone saw
 
 
 def test_the_verdict_says_what_differs_and_what_does_not():

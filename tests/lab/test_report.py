@@ -128,7 +128,7 @@ def demo_summary() -> dict[str, Any]:
         "sft": {"held_out_nll_before": 3.55, "held_out_nll": 3.12},
         "stages": {"sft": {"held_out_nll": 3.12, "steps": 120}, "ppo": {"beta": 0.05}},
         "gate": {
-            "ratio_max_error": 0.0,
+            "ratio_first_update": 1.0,
             "kl_reference": 0.0,
             "sampler_learner_max_difference": 3.1e-5,
             "compute": "float32",

@@ -76,7 +76,7 @@ def passes(policy: Policy, passes_of: Passes) -> list[tuple[int, int]]:
 def test_fast_equals_slow(name: str) -> None:
     """Ragged prefixes, one of a single token; longer than the windows of gemma2 (6) and mistral (5)."""
     policy = tiny(name, **UNCAPPED.get(name, {}))
-    assert decode.agrees(policy)
+    assert not decode.objection(policy)
     assert_same(*both(policy, 2, Sampling(max_new_tokens=8, temperature=0.9, top_k=40, top_p=0.95)))
 
 
@@ -97,7 +97,7 @@ def test_fast_equals_slow_while_rows_leave(name: str) -> None:
 )
 def test_capped_scores_are_recognised_and_decoded_slowly(capped: dict[str, None]) -> None:
     policy = tiny("gemma2", **capped)
-    assert not decode.agrees(policy)
+    assert decode.objection(policy)
     sampling = Sampling(max_new_tokens=4)
     b = policy.sample([prompt(*p) for p in PREFIXES], 1, sampling, torch.Generator().manual_seed(0))
     assert policy.paths["rollouts"].startswith("full forward pass")
@@ -110,7 +110,7 @@ def test_capped_scores_are_recognised_and_decoded_slowly(capped: dict[str, None]
 )
 def test_a_cap_too_weak_to_see_on_the_first_weights_is_recognised_all_the_same(weak: dict[str, None]) -> None:
     """Training makes scores larger; the path is chosen once, so it must not depend on how large they are today."""
-    assert not decode.agrees(tiny("gemma2", spread=0.01, **weak))
+    assert decode.objection(tiny("gemma2", spread=0.01, **weak))
 
 
 def test_positions_in_the_attention_scores_are_recognised() -> None:
@@ -118,7 +118,7 @@ def test_positions_in_the_attention_scores_are_recognised() -> None:
     config = BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, eos_token_id=EOS)
     other = tiny("llama")
     policy = Policy(BloomForCausalLM(config).float(), other.tokenizer, compute="float32")
-    assert not decode.agrees(policy)
+    assert decode.objection(policy)
 
 
 def test_finished_rows_leave(policy: Policy, passes: list[tuple[int, int]]) -> None:
@@ -318,8 +318,8 @@ def test_what_prefixes_begin_with_alike_is_read_once(architecture: str, passes_o
 
 
 def test_a_window_of_another_kind_is_left_to_the_slow_path() -> None:
-    """The few tokens that `agrees` tries would not fill it."""
+    """The few tokens that `objection` tries would not fill it."""
     policy = tiny("llama")
-    assert decode.agrees(policy)
+    assert not decode.objection(policy)
     policy.model.config.keep_window_size = 12
-    assert not decode.agrees(policy)
+    assert decode.objection(policy)

@@ -180,6 +180,21 @@ def test_of_a_log_with_one_prompt_a_query_the_gain_is_estimated_by_its_propensit
     found = judged.choices(log, {"known": picks}, picks * 0, value=value)
     assert "oracle" not in found
     assert found["known"]["over_constant"]["mean"] == pytest.approx(0.35, abs=0.06)
+    # A choice is the prompt that was tried on half of the queries: weights of 2 there and of 0 elsewhere.
+    tried = int((picks[log.query] == log.prompt).sum())
+    assert found["known"]["overlap"]["effective"] == pytest.approx(tried)
+    assert found["known"]["overlap"]["largest"] == pytest.approx(1 / tried)
+    assert judged.in_words(found, "known").startswith("Choosing a prompt per query pays here")
+
+
+def test_an_estimate_that_few_trials_carry_is_not_told() -> None:
+    """The second prompt was tried with a chance of 2 %: some twenty of a thousand trials speak of it."""
+    log = sparse(log_of(0.8, 1000), first=0.98)
+    value, second = np.tile([0.5, 0.5], (len(log.queries), 1)), np.ones(len(log.queries), dtype=np.int64)
+    found = judged.choices(log, {"second": second}, second * 0, value=value)
+    assert found["second"]["overlap"]["effective"] < 30
+    said = judged.in_words(found, "second")
+    assert said.startswith("Nothing can be told: weighted to this choice the log's 1000 trials are worth")
 
 
 def test_without_propensities_such_a_log_tells_nothing() -> None:

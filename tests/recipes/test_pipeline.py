@@ -65,7 +65,7 @@ def test_every_stage_takes_what_the_last_one_wrote(files: dict[str, str], tmp_pa
     small = {"model": cloned["model"], "reward": judged["model"], "task": files["prompts"], "max_new_tokens": 4}
     tuned = run_main(ppo, tmp_path / "ppo", **small, steps=2, prompts=4, samples=2)
     assert catalog.load(tuned["model"]).fingerprint() == tuned["fingerprint"] != cloned["fingerprint"]
-    gate = json.loads((tmp_path / "ppo" / "gate.jsonl").read_text())
+    gate = json.loads((tmp_path / "ppo" / "gate.jsonl").read_text().splitlines()[0])
     assert gate["kl_reference"] == 0.0
 
     chosen = run_main(best_of_n, tmp_path / "bon", **small, prompts=3, n=4)

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from tiny_policy_gradient import build_grpo, build_reinforce
 from tiny_recipes import LIKED, build_ppo, liked_share, liking_reward_model, policy, task
 from tokenmdp.functional import measures, policy_loss
 from tokenmdp.models.policy import Policy
 from tokenmdp.models.sampling import Sampling
-from tokenmdp.recipes import ppo
+from tokenmdp.recipes import grpo, ppo, reinforce
 from tokenmdp.rewards.function import FunctionReward
 from tokenmdp.run import Run
 from tokenmdp.types import Batch, Score
@@ -56,7 +57,7 @@ def test_before_the_first_update_the_ratio_is_1_and_the_divergence_0(train: str)
 def test_the_gate_of_a_run_measures_it(train: str, tmp_path: Path) -> None:
     """Log-probabilities are compared across micro-batches here, so the ratio may differ from 1 by rounding."""
     _, _, lines = run_ppo(tmp_path / "run", steps=1, train=train)
-    gate = json.loads((tmp_path / "run" / "gate.jsonl").read_text())
+    gate = json.loads((tmp_path / "run" / "gate.jsonl").read_text().splitlines()[0])
     assert gate["kl_reference"] == 0.0
     assert lines[0]["objective/kl"] == 0.0
     assert gate["ratio_first_update"] == pytest.approx(1, abs=1e-5)
@@ -210,3 +211,77 @@ def test_the_sampler_difference_looks_at_actions_only() -> None:
 def test_without_chance_there_is_nothing_to_learn_from() -> None:
     with pytest.raises(ValueError, match=r"temperature is 0.*: take one above 0"):
         ppo.Config(temperature=0.0)
+
+
+# -- options ----------------------------------------------------------------------------------------------------------------
+
+
+def scored(factor: float) -> FunctionReward:
+    """The share of liked words, times a factor: another unit of the same wish."""
+    return FunctionReward(lambda completions, **_: [factor * x for x in liked_share(completions)], name="scaled")
+
+
+def test_scores_are_held_within_bounds_for_learning_and_reported_as_they_are(tmp_path: Path) -> None:
+    _, _, lines = run_ppo(tmp_path / "run", steps=1, reward=scored(1000.0), score_clip=0.5, kl=0.0)
+    assert lines[0]["objective/scores"] > 1
+    assert 0 < lines[0]["objective/rlhf_reward"] <= 0.5
+
+
+def test_divided_by_their_spread_rewards_have_no_unit(tmp_path: Path) -> None:
+    """Ten times the score, the same critic's loss; without the division a hundred times."""
+
+    def losses(whiten: bool) -> list[float]:
+        changes = {"steps": 1, "kl": 0.0, "whiten_rewards": whiten, "lam": 1.0}
+        runs = [run_ppo(tmp_path / f"{whiten}-{f}", reward=scored(f), **changes)[2] for f in (1.0, 10.0)]
+        return [lines[0]["loss/value_avg"] for lines in runs]
+
+    small, large = losses(whiten=True)
+    assert large == pytest.approx(small, rel=1e-4)
+    small, large = losses(whiten=False)
+    assert large > 50 * small
+
+
+def test_a_value_may_be_held_near_its_old_value(tmp_path: Path) -> None:
+    """After the first update every value has moved further than the range, so the others have nothing to gain."""
+
+    def moved(value_clip: float) -> float:
+        cfg, (reference, critic, reward, prompts) = build_ppo(steps=1, epochs=8, value_clip=value_clip)
+        before = [w.detach().clone() for _, w in critic.trained()]
+        with Run.open(tmp_path / f"{value_clip}", config={}, seed=0) as run:
+            ppo.train(cfg, reference, critic, reward, prompts, run)
+        return sum(float((w - b).detach().abs().sum()) for b, (_, w) in zip(before, critic.trained(), strict=True))
+
+    assert moved(1e-9) < 0.7 * moved(0.0)
+
+
+def test_without_a_clip_nothing_is_clipped_and_the_last_update_is_furthest(tmp_path: Path) -> None:
+    changes = {"steps": 2, "epochs": 6, "learning_rate": 3e-2}
+    _, _, free = run_ppo(tmp_path / "free", clip=0.0, **changes)
+    _, _, held = run_ppo(tmp_path / "held", clip=0.05, **changes)
+    assert [line["policy/clipfrac_avg"] for line in free] == [0.0, 0.0]
+    assert held[0]["policy/clipfrac_avg"] > 0
+    assert free[0]["policy/approxkl_last"] > free[0]["policy/approxkl_avg"] > 0
+
+
+# -- a reference of its own -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["ppo", "grpo", "reinforce"])
+def test_a_second_round_is_measured_to_the_first_start(name: str, tmp_path: Path) -> None:
+    """The policy starts elsewhere: its KL is above 0 before anything is learned, and a heavy price pulls it back."""
+    recipe, build = {"ppo": (ppo, build_ppo), "grpo": (grpo, build_grpo), "reinforce": (reinforce, build_reinforce)}[
+        name
+    ]
+    first = policy().freeze()
+    moved = first.twin("all")
+    with torch.no_grad():
+        for _, weight in moved.trained():
+            weight.add_(0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
+    cfg, pieces = build(steps=1, prompts=8)
+    with Run.open(tmp_path / "run", config={}, seed=0) as run:
+        recipe.train(cfg, first, *pieces[1:], run, start=moved.freeze())
+    (line,) = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert line["objective/kl"] > 0.05
+    gate = json.loads((tmp_path / "run" / "gate.jsonl").read_text().splitlines()[0])
+    assert gate["kl_reference"] is None
+    assert gate["sampler_learner_mean_difference"] < 1e-5

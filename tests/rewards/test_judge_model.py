@@ -97,6 +97,9 @@ def test_as_a_reward_it_is_the_chance_to_beat_the_reference(judge: JudgeModel):
     assert score.verdict.tolist() == [True, False, True, False]
     said = judge.compare(PROMPTS, FIRST, SECOND)
     assert score.value.tolist() == pytest.approx([float(said.wins[0]), 0.0, 0.5, 0.0])
+    for place, letter in (("place w8", said.letter[0]), ("place w9", 1 - said.letter[1])):
+        assert score.parts[place].verdict.tolist() == score.verdict.tolist()
+        assert score.parts[place].value[[0, 2]].tolist() == pytest.approx(letter[[0, 2]].tolist())
     assert score.reasons[1] == "the prompt has no text in its column 'reference'"
     assert "context of llama is 64" in score.reasons[3]
     contracts.check_reward(judge, batch)

@@ -396,3 +396,22 @@ def test_a_file_with_the_wrong_ending_is_told_by_its_first_bytes(tmp_path: Path)
     (tmp_path / "a.jsonl").write_bytes(b"PAR1\x15\x04\x15\xff\xfe")
     with pytest.raises(ValueError, match="it is a Parquet file: give it the ending of one"):
         files.rows(tmp_path / "a.jsonl")
+
+
+# -- cut responses ------------------------------------------------------------------------------------------------------
+
+
+def test_cut_responses_are_told_of(policy: Policy):
+    said: list[str] = []
+    rows = [{"prompt": "1+1=", "completion": "2" * n} for n in (1, 2, 9, 9)]
+    batch = data.demonstrations(rows, policy, max_tokens=4)
+    data.tell_cut(batch, 4, said.append)
+    assert said == [
+        "warning: 2 of 4 responses (50.0%) were cut at max_tokens=4: nothing is learned from them about how to end; raise "
+        "max_tokens to keep them whole"
+    ]
+    pairs = data.pairs([{"prompt": "1+1=", "chosen": "2", "rejected": "3" * n} for n in (1, 9)], policy, max_tokens=4)
+    data.tell_cut(pairs, 4, said.append)
+    assert said[1].startswith("warning: 1 of 4 responses")
+    data.tell_cut(data.demonstrations(rows, policy), 99, said.append)
+    assert len(said) == 2  # nothing was cut: nothing is said

@@ -139,6 +139,8 @@ def test_the_exact_answer_verifier() -> None:
     score = ExactAnswer()(said(prompts, ["4", " 4\n", "44", "", "4"]))
     assert score.value.tolist() == [1, 1, 0, 0, 0]
     assert score.verdict.tolist() == [True, True, True, True, False], "without an answer there is no verdict, and no 0"
+    thought = ["<think>5?</think> 4", "<think>4</think>5", "<think>4", "4 is it"]
+    assert ExactAnswer()(said(prompts[:4], thought)).value.tolist() == [1, 0, 0, 0]  # only what follows the thinking
 
 
 def test_answers_in_a_file_of_prompts_are_demonstrations_of_those_learned_on(policy: Policy, tmp_path: Path) -> None:

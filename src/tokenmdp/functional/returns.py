@@ -90,7 +90,7 @@ def gae(
     return result, result + value
 
 
-def whiten(x: Float[Tensor, "*S"], weight: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
+def whiten(x: Float[Tensor, "*S"], weight: Float[Tensor, "*S"], shift: bool = True) -> Float[Tensor, "*S"]:
     """The same numbers with mean 0 and variance 1 under the weights.
 
         y = (x − μ) / σ,   μ = Σ w x / Σ w,  σ² = Σ w (x − μ)² / Σ w
@@ -101,6 +101,7 @@ def whiten(x: Float[Tensor, "*S"], weight: Float[Tensor, "*S"]) -> Float[Tensor,
     Args:
         x: what to whiten; read only where the weight is positive.
         weight: how much each entry counts, from `weights`; the scale does not matter.
+        shift: False divides by σ and leaves the mean where it is, at μ/σ: for rewards, whose sum says how long to go on.
 
     Returns:
         Pure numbers; zero where the weight is zero.
@@ -118,7 +119,8 @@ def whiten(x: Float[Tensor, "*S"], weight: Float[Tensor, "*S"]) -> Float[Tensor,
     spread = (share * centre.square()).sum().sqrt()
     rounding = 16 * torch.finfo(x.dtype).eps * x.abs().amax()
     varied = spread > rounding
-    return torch.where(varied, centre, zero) / torch.where(varied, spread, torch.ones_like(spread))
+    kept = torch.where(varied, centre if shift else x, zero)
+    return kept / torch.where(varied, spread, torch.ones_like(spread))
 
 
 def group_mean(

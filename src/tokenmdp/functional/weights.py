@@ -1,10 +1,9 @@
 """Reductions. A loss says how bad each token is; a weight says how much that token counts.
 
 Every loss in this library is unreduced, `[B, L]` per token or `[B]` per row, and the number that is minimised is
-`(weight * loss).sum()`. The weights are made here, once an optimiser step, from the action mask of the *whole* batch:
-all micro-batches, all processes. Cutting the batch afterwards cuts a sum, so neither the micro-batch size nor the
-number of processes can change the gradient. Averages taken micro-batch by micro-batch do change it when rows differ in
-length.
+`(weight * loss).sum()`. The weights are made here, once an optimiser step, from the action mask of the *whole* batch.
+Cutting the batch afterwards cuts a sum, so the micro-batch size cannot change the gradient. Averages taken micro-batch by
+micro-batch do change it when rows differ in length.
 
 Which tokens count alike is a choice that has names in the literature:
 

@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tokenmdp import config, rewards, tasks
+from tokenmdp.functional import measures
 from tokenmdp.lab import ranking, report, solvers, workers
 from tokenmdp.lab.solvers import BASELINES, Answers, Given
 from tokenmdp.models import catalog
@@ -141,7 +142,12 @@ class Lab:
         rng = torch.Generator().manual_seed(self.run.seed)
         b = policy.sample(self.task.train[:100], 4, Sampling(self.cfg.max_new_tokens), rng)
         score = self.judge(b)
-        return {"mean_length": float(b.action.sum()) / len(b), "score": float(score.value.sum() / score.verdict.sum())}
+        if not bool(score.verdict.any()):
+            why = next(iter(score.reasons.values()), "no reason was given")
+            raise ValueError(
+                f"{self.judge.name} gave no verdict on any of {len(b)} responses to training prompts: {why}"
+            )
+        return {"mean_length": float(b.action.sum()) / len(b), "score": measures.mean(score.value, score.verdict)}
 
     def given(self, trial: Trial) -> tuple[Given, Sequence[Any]]:
         """What a trial works on, and the prompts it is judged by."""
@@ -191,6 +197,12 @@ class Lab:
         try:
             trained = solver.solve(solver, given, stage)
             found |= {"tokens": trained.tokens, **self.judgement(trained.answers, judged, trial.at)}
+            if all(x is None for x in found["scores"]):
+                found |= {
+                    "failure": "no verdict",
+                    "message": f"{self.judge.name} judged none of its responses",
+                    "scores": [],
+                }
         except OSError:
             raise
         except FloatingPointError as fault:
@@ -204,18 +216,24 @@ class Lab:
         return done
 
     def judgement(self, answers: Answers, prompts: Sequence[Any], seed: int) -> dict[str, Any]:
-        """Scores a prompt, the greedy score, and how far the policy has moved from the start, nats a response."""
+        """Scores a prompt (None where the judge gave no verdict), the greedy score, and how far the policy has moved from
+        the start, nats a response.
+        """
         cfg = self.cfg
         rng = torch.Generator().manual_seed(1_000_003 * self.run.seed + seed)  # the same for all solvers of a seed
         b = answers.sample(prompts, cfg.answers, Sampling(cfg.max_new_tokens), rng)
         score = self.judge(b)
         kept = score.verdict.view(len(prompts), -1)
         value = score.value.double().view(len(prompts), -1)
-        means = torch.where(kept, value, 0.0).sum(-1) / kept.sum(-1).clamp(min=1)
-        out: dict[str, Any] = {"scores": [round(x, 6) for x in means.tolist()], "no_verdict": int((~kept).sum())}
+        means = torch.where(kept, value, 0.0).sum(-1) / kept.sum(-1)  # 0/0 is NaN: no verdict is no score
+        out: dict[str, Any] = {
+            "scores": [None if math.isnan(x) else round(x, 6) for x in means.tolist()],
+            "no_verdict": int((~kept).sum()),
+        }
         if isinstance(answers, Policy):
             greedy = answers.sample(prompts, 1, Sampling(cfg.max_new_tokens, temperature=0.0), rng)
-            out["greedy"] = float(self.judge(greedy).value.mean())
+            said = self.judge(greedy)
+            out["greedy"] = measures.mean(said.value, said.verdict) if bool(said.verdict.any()) else None
             moved = in_parts(lambda part: {"kl": answers.kl_to(self.start, part)}, b)["kl"]
             out["kl"] = float(moved.sum()) / len(b)
         return out
@@ -263,7 +281,7 @@ def conduct_all(lab: Lab, trials: Sequence[Trial]) -> list[dict[str, Any]]:
 
 def in_short(found: Mapping[str, Any]) -> str:
     """A few words about a trial that has ended."""
-    how = found["failure"] or f"score {sum(found['scores']) / max(1, len(found['scores'])):.3f}"
+    how = found["failure"] or f"score {ranking.mean(found['scores']):.3f}"
     return f"{how}, {found['tokens']} tokens in {found['seconds']:.1f} s"
 
 
@@ -291,7 +309,7 @@ def rates(lab: Lab, names: Sequence[str]) -> dict[str, float]:
     ]
     best: dict[str, tuple[float, float]] = {}
     for trial, found in zip(trials, conduct_all(lab, trials), strict=True):
-        score = sum(found["scores"]) / len(found["scores"]) if found["scores"] else -math.inf
+        score = ranking.mean(found["scores"]) if found["scores"] else -math.inf
         if trial.solver not in best or score > best[trial.solver][0]:
             best[trial.solver] = (score, trial.rate)
     return {name: best[name][1] if name in best else 1.0 for name in names}
@@ -332,6 +350,10 @@ def main(cfg: Config, run: Run) -> dict[str, object]:
     check(cfg)
     names = chosen(cfg.solvers)
     lab = Lab(cfg, run)
+    if not lab.task.held_out:
+        run.note(
+            f"warning: the task {lab.task.name} holds nothing out, so solvers are judged on prompts they learned on"
+        )
     if lab.task.demonstrations is None:
         names.remove("sft-more")  # there is nothing to clone
     scaled = rates(lab, names)

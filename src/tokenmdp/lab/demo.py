@@ -454,7 +454,7 @@ def main(cfg: Config, run: Run) -> dict[str, object]:
     trained, _, ppo_stage = demo.optimise(policy, reward)
     found = demo.judge(policy, reward, trained)
     curve = ppo_curve(ppo_stage, every=max(1, demo.size.ppo.steps // 12))
-    gate = json.loads((ppo_stage.folder / "gate.jsonl").read_text().splitlines()[-1])
+    gate = json.loads((ppo_stage.folder / "gate.jsonl").read_text().splitlines()[0])
     paid = labelled["labels_paid"]
     summary: dict[str, Any] = {
         "title": "RLHF as online inverse RL: controlled sentiment",

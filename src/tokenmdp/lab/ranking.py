@@ -1,7 +1,7 @@
 """What several runs of several solvers allow one to say: aggregates with intervals, failures, and a verdict in words.
 
-    final score of a run      mean over held-out prompts and responses; a run that crashed delivers no policy and counts as
-                              its start
+    final score of a run      mean over held-out prompts and their responses, over those that got a verdict; a run that
+                              crashed delivers no policy and counts as its start
     failure                   it crashed; a number was not finite; or it did not beat its start significantly, by the 95 %
                               interval of the difference over held-out prompts, paired by prompt, of that seed
     aggregate                 the interquartile mean over seeds, with its stratified bootstrap interval; of fewer than eight
@@ -28,13 +28,23 @@ Row = dict[str, Any]
 
 def final(result: Result, start: Result) -> float:
     """The score a run ends with; a run without a policy ends with its start's."""
-    return float(np.mean(result["scores"] if result["scores"] else start["scores"]))
+    return mean(result["scores"] if result["scores"] else start["scores"])
+
+
+def mean(scores: Sequence[float | None]) -> float:
+    """The mean over the prompts that got a verdict; NaN where none did."""
+    known = [x for x in scores if x is not None]
+    return sum(known) / len(known) if known else float("nan")
 
 
 def beats(result: Result, start: Result) -> stats.Interval:
-    """The gain over the start at one seed, paired by prompt; without an interval where nothing differs or one prompt is
-    all there is."""
-    a, b = (np.asarray(r["scores"], dtype=np.float64) for r in (result, start))
+    """The gain over the start at one seed, paired by prompts that both got a verdict on; without an interval where nothing
+    differs or one prompt is all there is."""
+    a, b = (np.asarray(r["scores"], dtype=np.float64) for r in (result, start))  # None becomes NaN
+    both = ~(np.isnan(a) | np.isnan(b))
+    a, b = a[both], b[both]
+    if not len(a):
+        return stats.Interval(float("nan"), float("-inf"), float("inf"))
     try:
         return stats.paired_bootstrap(a, b, resamples=2_000)
     except ValueError:  # no spread, or one prompt: there is nothing to resample
@@ -64,7 +74,7 @@ def row_of(
     ran = [r for r in mine if not r["failure"]]
     gains = [beats(r, s) for r, s in zip(mine, start, strict=True) if not r["failure"]]
     trains = name != "start"
-    failures = {kind: sum(r["failure"] == kind for r in mine) for kind in ("crash", "non-finite")}
+    failures = {kind: sum(r["failure"] == kind for r in mine) for kind in ("crash", "non-finite", "no verdict")}
     failures["not better"] = sum(not g.low > 0 or not np.isfinite(g.low) for g in gains) if trains else 0
     gained = [a - b for a, b in zip(scores[name], scores["start"], strict=True)]
     return {
@@ -174,6 +184,7 @@ def _failures(trained: Sequence[Row]) -> str:
     named = {
         "crash": "crashed",
         "non-finite": "met a number that is not finite",
+        "no verdict": "left responses that the judge could not judge",
         "not better": "did not beat their start",
     }
     parts = []

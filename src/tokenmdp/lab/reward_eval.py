@@ -237,7 +237,7 @@ def on_samples(cfg: Config, policy: Policy, reward: Reward, run: Run) -> dict[st
     """Spread of the score on the policy's own responses, and agreement with gold where there is one."""
     task = tasks.load(cfg.task, policy)
     gold = rewards.load(cfg.gold, policy) if cfg.gold else task.reward
-    asked = [*task.held_out, *task.train][: cfg.prompts]
+    asked = task.first(cfg.prompts, run.note)
     judged = sample(cfg, policy, asked, reward, gold, run)
     score = judged.table("score")
     if not np.isfinite(score).any():

@@ -14,7 +14,7 @@ that reads a preallocated slab of keys and values:
 * One uniform number a token, drawn beforehand (`sampling.draw`), makes a row's response independent of its neighbours.
 
 `slow` is the twin without any of it, a full forward pass at every token: the tests hold `fast` against it, and a model
-for which `agrees` finds a difference (a body that keeps other state than keys and values, an attention with extra
+for which `objection` finds one (a body that keeps other state than keys and values, an attention with extra
 terms) is decoded by it.
 """
 
@@ -384,7 +384,7 @@ def ahead_slow(policy: Policy, prefixes: Sequence[Sequence[int]]) -> Iterator[tu
 
 
 def _odd_window(policy: Policy) -> bool:
-    """Whether the model looks back through a window of its own kind, which the few tokens of `agrees` would not fill.
+    """Whether the model looks back through a window of its own kind, which the few tokens of `objection` would not fill.
 
     The slab knows `sliding_window`; any other window that is shorter than the context is left to `slow`.
     """
@@ -395,14 +395,17 @@ def _odd_window(policy: Policy) -> bool:
     )
 
 
-def agrees(policy: Policy) -> bool:
-    """Whether the slab gives this model's own logits, tried on ragged prefixes and a few tokens after them.
+def objection(policy: Policy) -> str:
+    """Why the slab does not give this model's own logits, tried on ragged prefixes and a few tokens after them; empty
+    where it gives them.
 
     The tolerance is 1e-3 of the logits' spread in float32, 5e-2 in bfloat16. Any error the exchange of attention
-    causes in the model's code counts as "no".
+    causes in the model's code is a reason.
     """
-    if not policy.head_is_linear() or _odd_window(policy):
-        return False
+    if not policy.head_is_linear():
+        return "its logits are more than a linear layer on its last states"
+    if _odd_window(policy):
+        return "it looks back through a window of its own kind"
     size = int(policy.model.config.vocab_size)
     prefixes = [[(7 * i + 3 * j + 1) % size for i in range(length)] for j, length in enumerate((5, 8, 3))]
     prefixes.append([*prefixes[1][:6], 1, 2])  # most of another one: both are read as a tree
@@ -421,11 +424,14 @@ def agrees(policy: Policy) -> bool:
                     token = torch.tensor([[f[t]] for f in following], device=policy.device)
                     seen.append(policy.project(_step(policy, token, position[:, None], slab)[:, -1]).float())
                     slab.column, position = slab.column + 1, position + 1
-    except Exception:  # whatever a model's code raises when its attention or cache is exchanged; `slow` needs neither
-        return False
+    except (
+        Exception
+    ) as fault:  # whatever a model's code raises with its attention or cache exchanged; `slow` needs neither
+        return f"with its attention exchanged it raises {fault!r:.160}"
     ours = torch.stack(seen, dim=1)
     for b, prefix in enumerate(prefixes):
         want = whole[b][len(prefix) - 1 :]
-        if not bool((ours[b] - want).abs().max() <= tolerance * (want.max() - want.min())):
-            return False
-    return True
+        off = float((ours[b] - want).abs().max() / (want.max() - want.min()))
+        if not off <= tolerance:
+            return f"the slab's logits are off by {off:.1g} of their spread, where rounding explains {tolerance:g}"
+    return ""

@@ -212,9 +212,10 @@ class Policy:
     def engine(self) -> Callable[..., list[Drawn]]:
         """The rollout engine that is right for this model."""
         if self._slab is None:
-            self._slab = decode.agrees(self)
+            why = decode.objection(self)
+            self._slab = not why
             self.paths["rollouts"] = (
-                "KV slab, shared prefill" if self._slab else "full forward pass at every token (slow, always right)"
+                f"full forward pass at every token, slow: {why}" if why else "KV slab, shared prefill"
             )
         return decode.fast if self._slab else decode.slow
 

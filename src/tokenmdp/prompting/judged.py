@@ -7,6 +7,7 @@ within-prompt AUC   Σ_a n⁺_a n⁻_a AUC_a / Σ_a n⁺_a n⁻_a:  of two queri
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from tokenmdp.prompting.log import Log, retest
 from tokenmdp.prompting.proxy import Proxy
 
 CONSTANT = "best constant (train)"
+WORTH = 30  # trials that a log must be worth, weighted to a policy, for an estimate to be told
 
 
 def auc(score: NDArray[np.float64], right: NDArray[np.bool_]) -> float | None:
@@ -133,8 +135,9 @@ def choices(
         value: [Q, P] Υ, which did not see these trials, for the estimates.
 
     Returns:
-        By name `reward` and `over_constant`, paired by query, each a mean and a 95 % interval that resamples questions, and
-        `checked`: on what share of the queries that it moved away from the constant both were tried (1 for estimates).
+        By name `reward` and `over_constant`, paired by query, each a mean and a 95 % interval that resamples questions;
+        `checked`: on what share of the queries that it moved away from the constant both were tried (1 for estimates); and
+        of estimates `overlap`: how far the log speaks of that policy at all (`estimate.Overlap`).
     """
     table, tried = log.matrix(), log.tried()
     table = table[tried]
@@ -180,6 +183,7 @@ def _estimated(
             "over_constant": estimate.difference(log, policy, policies[CONSTANT], filled, group, seed)._asdict(),
             "queries": len(log.tried()),
             "checked": 1.0,
+            "overlap": asdict(estimate.overlap(estimate.weights(log, policy))),
         }
         for name, policy in policies.items()
     }
@@ -197,6 +201,12 @@ def in_words(found: Mapping[str, Mapping[str, Any]], name: str, abstaining: str 
         return (
             f"Nothing can be told: where it moves away from the best constant prompt the log tried both on "
             f"{found[name]['checked']:.0%} of the queries, and it gives no propensities."
+        )
+    lies = found[name].get("overlap")
+    if lies is not None and lies["effective"] < WORTH:
+        return (
+            f"Nothing can be told: weighted to this choice the log's {lies['trials']} trials are worth {lies['effective']:.0f}, "
+            f"and an estimate takes {WORTH} or more."
         )
     if abstaining and gain["low"] > 0 and not found[abstaining]["over_constant"]["low"] > 0:
         told = ", but not reliably: going by what other questions of this log say, one would mostly not have chosen"

@@ -31,7 +31,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tokenmdp import tasks
+from tokenmdp import gate, tasks
 from tokenmdp.functional import adversarial, imitation, kl, measures, policy_loss, weights
 from tokenmdp.learner import Learner
 from tokenmdp.models import catalog
@@ -187,6 +187,7 @@ def train(
             **measures.responses(b, Score.of(earned[:, 0])),
             **measures.sampler_difference(b, old["logp"]),
         }
+        gate.check(step, run, policy, b, old["logp"], logp_start)
         run.log(step, metrics, headline=("discriminator/accuracies", "objective/scores"))
     if metrics and abs(metrics["discriminator/accuracies"] - 0.5) < 0.02:
         run.note(

@@ -154,6 +154,7 @@ def main(cfg: Config, run: Run) -> dict[str, object]:
     """Load the model and the log, train, save the policy to `model/` in the run folder."""
     start = catalog.load(cfg.model)
     logged, score = data.logged(files.rows(cfg.data), start, cfg.max_tokens)
+    data.tell_cut(logged, cfg.max_tokens, run.note)
     run.note(f"start {start.name} {start.fingerprint()}")
     policy, figures = train(cfg, start, logged, score, run)
     return {**figures, **policy.publish(run.folder / "model")}

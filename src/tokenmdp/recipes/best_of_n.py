@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenmdp import rewards, tasks
+from tokenmdp import gate, rewards, tasks
 from tokenmdp.functional import kl, measures
 from tokenmdp.models import catalog
 from tokenmdp.models.policy import Policy
@@ -60,6 +60,8 @@ def train(cfg: Config, policy: Policy, prompts: list[Prompt], reward: Reward, ru
         b: Batch = policy.sample(chunks[step], cfg.n, sampling, run.rng)
         score = reward(b)
         run.missing(step, b, score)
+        if step == 0:
+            gate.tell(run, policy, b)
         chosen = best(score.value, score.verdict, cfg.n)
         for arm, rows in (("first", range(0, len(b), cfg.n)), ("best_of_n", chosen.tolist())):
             for i in rows:
@@ -85,5 +87,5 @@ def main(cfg: Config, run: Run) -> dict[str, object]:
     policy = catalog.load(cfg.model).freeze()
     reward = rewards.load(cfg.reward, policy)
     task = tasks.load(cfg.task, policy)
-    prompts = [*task.held_out, *task.train][: cfg.prompts]
+    prompts = task.first(cfg.prompts, run.note)
     return train(cfg, policy, prompts, reward, run)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenmdp import judge, rewards, tasks
+from tokenmdp import gate, judge, rewards, tasks
 from tokenmdp.functional import kl, measures, policy_loss, returns, weights
 from tokenmdp.learner import Learner
 from tokenmdp.models import catalog
@@ -149,6 +149,7 @@ def train(
         if gold is not None:
             truth = gold(b)
             metrics["objective/gold"] = measures.mean(truth.value, truth.verdict)
+        gate.check(step, run, policy, b, logp_old, logp_ref)
         run.log(step, metrics, headline=("objective/scores", "objective/kl"))
     return policy, {}
 

@@ -226,5 +226,7 @@ def explain(figures: dict[str, float]) -> str:
 def main(cfg: Config, run: Run) -> dict[str, object]:
     """Load the model and the pairs, train, save the policy to `model/` in the run folder."""
     start = catalog.load(cfg.model).freeze()
-    policy, figures = train(cfg, start, data.pairs(files.rows(cfg.data), start, cfg.max_tokens), run)
+    pairs = data.pairs(files.rows(cfg.data), start, cfg.max_tokens)
+    data.tell_cut(pairs, cfg.max_tokens, run.note)
+    policy, figures = train(cfg, start, pairs, run)
     return {**figures, **policy.publish(run.folder / "model")}

@@ -95,6 +95,7 @@ def main(cfg: Config, run: Run) -> dict[str, object]:
     policy = catalog.load(cfg.model).freeze()
     embedder = embedding.load(cfg.embedding, policy, cfg.pool, cfg.over, cfg.model)
     everything = data.pairs(files.rows(cfg.data), policy, cfg.max_tokens)
+    data.tell_cut(everything, cfg.max_tokens, run.note)
     learned, kept, found = comparisons.divided(everything, cfg.held_out, run.rng)
     run.note(f"{len(learned)} pairs, {len(kept)} held out by prompt; {embedder.name} {embedder.fingerprint()}; {found}")
     reward, figures = train(cfg, embedder, learned, kept, run)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenmdp import judge, rewards, tasks
+from tokenmdp import gate, judge, rewards, tasks
 from tokenmdp.functional import measures, policy_loss, weights
 from tokenmdp.learner import Learner
 from tokenmdp.models import catalog
@@ -152,6 +152,8 @@ def train(
         b = Batch.concat(tries)
         score = reward(b)
         run.missing(step, b, score)
+        if step == 0:
+            gate.tell(run, policy, b)
         judged, value = (x.view(2 * cfg.pairs, -1) for x in (score.verdict, score.value))
         fitness = value.sum(1) / judged.sum(1).clamp(min=1)
         whole = judged.any(1).view(-1, 2).all(1)

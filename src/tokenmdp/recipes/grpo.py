@@ -31,7 +31,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenmdp import judge, rewards, tasks
+from tokenmdp import gate, judge, rewards, tasks
+from tokenmdp.experts import check_vocabularies
 from tokenmdp.functional import kl, measures, policy_loss, returns, weights
 from tokenmdp.learner import Learner
 from tokenmdp.models import catalog
@@ -59,7 +60,10 @@ ESTIMATORS = {"k2": kl.reverse_k2, "k3": kl.reverse_k3}
 
 @dataclass(frozen=True)
 class Config:
-    model: str = "smollm2-135m-instruct"  # the policy's start and its reference: best the SFT model
+    model: str = "smollm2-135m-instruct"  # what the policy starts as: best the SFT model
+    reference: str = (
+        ""  # what the KL is measured to, such as the SFT model of a second round; empty for the start itself
+    )
     reward: str = "sentiment"  # a reward model's folder, a name, file.py:function, or a mixture "0.5*a + b"
     task: str = "sentiment"  # prompts: a task's name, a file or a hub id
     loss: str = "clip"  # clip | gspo | cispo
@@ -110,18 +114,25 @@ class Config:
 
 
 def train(
-    cfg: Config, reference: Policy, reward: Reward, task: Task, run: Run, gold: Reward | None = None
+    cfg: Config,
+    reference: Policy,
+    reward: Reward,
+    task: Task,
+    run: Run,
+    gold: Reward | None = None,
+    start: Policy | None = None,
 ) -> tuple[Policy, dict[str, float]]:
     """Optimise the reward online; returns the trained policy.
 
     Args:
-        reference: where the policy starts and what the KL is measured to; frozen.
+        reference: what the KL is measured to, and where the policy starts unless `start` is given; frozen.
         gold: a second reward that is only recorded, to see proxy and truth drift apart.
+        start: where the policy starts, of the reference's vocabulary; None for the reference.
     """
-    policy = reference.twin(cfg.train, name="grpo")
+    policy = (start or reference).twin(cfg.train, name="grpo")
     actor = Learner(policy, cfg.learning_rate, tokens=cfg.micro_tokens)
     # Where it is refreshed before every phase, the sampler is the policy itself and needs no copy.
-    sampler = policy if cfg.sync == 1 else reference.twin(cfg.train, name="sampler")
+    sampler = policy if cfg.sync == 1 else (start or reference).twin(cfg.train, name="sampler")
     stale = [] if sampler is policy else [Target(sampler, policy)]
     sampling = Sampling(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature)
     scheme = assign.load(cfg.credit, reward, reference, sampling)
@@ -220,6 +231,8 @@ def train(
         if gold is not None:
             truth = gold(drawn)
             metrics["objective/gold"] = measures.mean(truth.value, truth.verdict)
+        ratio = learned[0]["val/ratio"] / learned[0]["w"] if learned and cfg.sync == 1 else None
+        gate.check(step, run, policy, b, logp_old, logp_ref if start is None else None, ratio)
         run.log(step, metrics, headline=("objective/scores", "objective/kl"))
     return policy, {}
 
@@ -247,10 +260,12 @@ def rollout(
 
 def main(cfg: Config, run: Run) -> dict[str, object]:
     """Load the reference, the reward and the prompts, train, save the policy to `model/` in the run folder."""
-    reference = catalog.load(cfg.model).freeze()
-    reward = rewards.load(cfg.reward, reference)
-    task = tasks.load(cfg.task, reference)
-    policy, figures = train(cfg, reference, reward, task, run)
+    start = catalog.load(cfg.model).freeze()
+    reference = catalog.load(cfg.reference).freeze() if cfg.reference else start
+    check_vocabularies(start, reference)
+    reward = rewards.load(cfg.reward, start)
+    task = tasks.load(cfg.task, start)
+    policy, figures = train(cfg, reference, reward, task, run, start=start if cfg.reference else None)
     saved = policy.publish(run.folder / "model")
     sampling = Sampling(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature)
-    return {**figures, **judge.held_out(reference, policy, reward, task, sampling, run), **saved}
+    return {**figures, **judge.held_out(start, policy, reward, task, sampling, run), **saved}

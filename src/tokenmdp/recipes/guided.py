@@ -197,5 +197,5 @@ def main(cfg: Config, run: Run) -> dict[str, object]:
     policy = catalog.load(cfg.model).freeze()
     reward = rewards.load(cfg.reward, policy)
     task = tasks.load(cfg.task, policy)
-    prompts = [*task.held_out, *task.train][: cfg.prompts]
+    prompts = task.first(cfg.prompts, run.note)
     return train(cfg, policy, prompts, reward, run)

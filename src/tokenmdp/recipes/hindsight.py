@@ -21,7 +21,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from tokenmdp import judge, rewards, tasks
+from tokenmdp import gate, judge, rewards, tasks
 from tokenmdp.functional import imitation, measures, weights
 from tokenmdp.learner import Learner
 from tokenmdp.models import catalog
@@ -125,6 +125,8 @@ def train(
         b = policy.sample(task.draw(cfg.prompts, run.rng), cfg.samples, sampling, run.rng)
         score = reward(b)
         run.missing(step, b, score)
+        if step == 0:
+            gate.tell(run, policy, b)
         met = [reward.satisfied(text) for text in b.texts]
         goals = [g if cfg.relabel or g == p.text else None for g, p in zip(met, b.prompts, strict=True)]
         shown = relabelled(b, goals, policy)

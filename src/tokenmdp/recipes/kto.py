@@ -207,5 +207,6 @@ def main(cfg: Config, run: Run) -> dict[str, object]:
     """Load the model and the labelled responses, train, save the policy to `model/` in the run folder."""
     start = catalog.load(cfg.model).freeze()
     batch, label = data.labelled(files.rows(cfg.data), start, cfg.max_tokens)
+    data.tell_cut(batch, cfg.max_tokens, run.note)
     policy, figures = train(cfg, start, batch, label, run)
     return {**figures, **policy.publish(run.folder / "model")}

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenmdp import judge, rewards, tasks
+from tokenmdp import gate, judge, rewards, tasks
+from tokenmdp.experts import check_vocabularies
 from tokenmdp.functional import measures, policy_loss, returns, weights
 from tokenmdp.learner import Learner
 from tokenmdp.models import catalog
@@ -42,7 +43,10 @@ SETTING = "rl"
 
 @dataclass(frozen=True)
 class Config:
-    model: str = "smollm2-135m-instruct"  # the policy's start and its reference: best the SFT model
+    model: str = "smollm2-135m-instruct"  # what the policy starts as: best the SFT model
+    reference: str = (
+        ""  # what the KL is measured to, such as the SFT model of a second round; empty for the start itself
+    )
     reward: str = "sentiment"  # a reward model's folder, a name, file.py:function, or a mixture "0.5*a + b"
     task: str = "sentiment"  # prompts: a task's name, a file or a hub id
     steps: int = 40  # phases of sampling and learning
@@ -54,12 +58,15 @@ class Config:
     critic_learning_rate: float = 1e-3  # of the value head (and of the critic's body where it trains)
     epochs: int = 2  # passes over a phase's responses
     minibatches: int = 2  # optimiser steps a pass
-    clip: float = 0.2  # ε, in units of the ratio
+    clip: float = 0.2  # ε, in units of the ratio; 0 for no clip
+    value_clip: float = 0.0  # how far from its old value a state's value may move for gain, reward units; 0 for any
     gamma: float = 1.0  # discount a token
     lam: float = 0.95  # λ of GAE: 1 trusts returns, 0 the critic
     kl: float = 0.05  # β, reward units a nat
     kl_target: float = 0.0  # nats a response that β is steered towards; 0 keeps β fixed
     truncation: float = 0.0  # reward units taken off a response that did not end by itself
+    score_clip: float = 0.0  # scores are held within ± this, reward units; 0 for any score
+    whiten_rewards: bool = False  # divide the phase's token rewards by their spread
     credit: str = "last"  # which tokens earn the score (see `rewards.assign`)
     train: str = "all"  # what of the policy trains: all | top-N blocks | lora-R rank
     critic_train: str = "head"  # what of the critic trains besides its head: head (nothing) | all | top-N | lora-R
@@ -95,15 +102,23 @@ class KLCoefficient:
 
 
 def train(
-    cfg: Config, reference: Policy, critic: Critic, reward: Reward, task: Task, run: Run, gold: Reward | None = None
+    cfg: Config,
+    reference: Policy,
+    critic: Critic,
+    reward: Reward,
+    task: Task,
+    run: Run,
+    gold: Reward | None = None,
+    start: Policy | None = None,
 ) -> tuple[Policy, dict[str, float]]:
-    """Optimise the reward online; returns the trained policy and what the step-0 gate measured.
+    """Optimise the reward online; returns the trained policy.
 
     Args:
-        reference: where the policy starts and what the KL is measured to; frozen.
+        reference: what the KL is measured to, and where the policy starts unless `start` is given; frozen.
         gold: a second reward that is only recorded, to see proxy and truth drift apart.
+        start: where the policy starts, of the reference's vocabulary; None for the reference.
     """
-    policy = reference.twin(cfg.train, name="ppo")
+    policy = (start or reference).twin(cfg.train, name="ppo")
     actor = Learner(policy, cfg.learning_rate, tokens=cfg.micro_tokens)
     valuer = Learner(critic, cfg.critic_learning_rate, tokens=cfg.micro_tokens)
     beta = KLCoefficient(cfg.kl, cfg.kl_target)
@@ -116,7 +131,7 @@ def train(
 
     def actor_loss(part: Batch, advantage: Tensor, logp_old: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         logp = policy.evaluate(part, temperature=cfg.temperature)["logp"]
-        value, clipped = policy_loss.ppo_clip(logp, logp_old, advantage, cfg.clip)
+        value, clipped = policy_loss.ppo_clip(logp, logp_old, advantage, cfg.clip or None)
         change = logp - logp_old
         return value, {
             "policy/clipfrac_avg": clipped.to(value.dtype),
@@ -124,9 +139,11 @@ def train(
             "val/ratio": change.exp(),
         }
 
-    def critic_loss(part: Batch, return_: Tensor, states: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def critic_loss(
+        part: Batch, return_: Tensor, value_old: Tensor, states: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         value = critic.value(critic.states(part) if states is None else states, part)
-        return policy_loss.value_clip(value, value.detach(), return_, None), {}
+        return policy_loss.value_clip(value, value_old, return_, cfg.value_clip or None), {}
 
     for step in run.steps(cfg.steps, actor, valuer, beta, title="PPO", setting=SETTING):
         # 1. Roll out on the known dynamics.
@@ -144,10 +161,13 @@ def train(
 
         # 3. Reward, return, advantage, all token-aligned.
         paid = scheme.paid(b, score)
-        outcome = paid.value - cfg.truncation * (~b.ended).to(paid.value.dtype)
-        token_reward = scheme(b, paid, outcome, policy, run.rng) - beta.value * (logp_old - logp_ref)
-        advantage, return_ = returns.gae(token_reward, value, b.action, cfg.gamma, cfg.lam)
         per_token = weights.per_token(b.action, rows=rows)
+        held = paid.value.clamp(-cfg.score_clip, cfg.score_clip) if cfg.score_clip else paid.value
+        outcome = held - cfg.truncation * (~b.ended).to(held.dtype)
+        token_reward = scheme(b, paid, outcome, policy, run.rng) - beta.value * (logp_old - logp_ref)
+        if cfg.whiten_rewards:
+            token_reward = returns.whiten(token_reward, per_token, shift=False)
+        advantage, return_ = returns.gae(token_reward, value, b.action, cfg.gamma, cfg.lam)
         advantage = returns.whiten(advantage, per_token)
 
         # 4. Learn: the policy conservatively, the critic by regression.
@@ -164,7 +184,8 @@ def train(
                 columns = {"advantage": advantage[part, :L], "logp_old": logp_old[part, :L]}
                 acted = actor.step(actor_loss, mini, w, **columns)
                 kept = {} if critic.body_trains else {"states": states[part, :L]}
-                valued = valuer.step(critic_loss, mini, w, return_=return_[part, :L], **kept)
+                goal = {"return_": return_[part, :L], "value_old": value[part, :L]}
+                valued = valuer.step(critic_loss, mini, w, **goal, **kept)
                 learned.append({**acted, "loss/value_avg": valued["loss"], "critic_grad_norm": valued["grad_norm"]})
 
         # 5. Say what happened.
@@ -180,6 +201,7 @@ def train(
                 name: measures.average(learned, name)
                 for name in ("policy/clipfrac_avg", "policy/approxkl_avg", "val/ratio")
             },
+            "policy/approxkl_last": learned[-1]["policy/approxkl_avg"] if learned else 0.0,
             **{name: measures.average(learned, name) for name in ("loss/value_avg", "grad_norm", "critic_grad_norm")},
             "skipped_updates": float(skipped),
             "val/explained_variance": measures.explained_variance(value, return_, per_token),
@@ -190,37 +212,24 @@ def train(
         if gold is not None:
             truth = gold(b)
             metrics["objective/gold"] = measures.mean(truth.value, truth.verdict)
-        if step == 0:
-            run.append("gate.jsonl", gate(policy, logp_old, logp_ref, learned, metrics))
+        ratio = learned[0]["val/ratio"] if learned else None
+        gate.check(step, run, policy, b, logp_old, logp_ref if start is None else None, ratio)
         run.log(step, metrics, headline=("objective/scores", "objective/kl"))
         beta.update(metrics["objective/kl"])
     return policy, {}
 
 
-def gate(
-    policy: Policy, logp_old: Tensor, logp_ref: Tensor, learned: list[dict[str, float]], metrics: dict[str, float]
-) -> dict[str, Any]:
-    """What must hold before the first update: ratio 1, KL to the reference 0, sampler and learner agree; measured,
-    not assumed.
-    """
-    return {
-        "ratio_first_update": learned[0]["val/ratio"] if learned else None,
-        "kl_reference": float((logp_old - logp_ref).abs().max()),
-        "sampler_learner_max_difference": metrics["sampling/sampling_logp_difference/max"],
-        "compute": policy.paths["compute"],
-        "paths": policy.paths,
-    }
-
-
 def main(cfg: Config, run: Run) -> dict[str, object]:
     """Load the reference, the reward and the prompts, train, save the policy to `model/` in the run folder."""
-    reference = catalog.load(cfg.model).freeze()
-    reward = rewards.load(cfg.reward, reference)
-    task = tasks.load(cfg.task, reference)
-    # Without a reward model to start from, the critic is a value head of zeros on the reference's own body.
-    body = reference.backbone
+    start = catalog.load(cfg.model).freeze()
+    reference = catalog.load(cfg.reference).freeze() if cfg.reference else start
+    check_vocabularies(start, reference)
+    reward = rewards.load(cfg.reward, start)
+    task = tasks.load(cfg.task, start)
+    # Without a reward model to start from, the critic is a value head of zeros on the start's own body.
+    body = start.backbone
     critic = reward.critic(cfg.critic_train) if isinstance(reward, RewardModel) else Critic(body.twin(cfg.critic_train))
-    policy, figures = train(cfg, reference, critic, reward, task, run)
+    policy, figures = train(cfg, reference, critic, reward, task, run, start=start if cfg.reference else None)
     saved = policy.publish(run.folder / "model")
     sampling = Sampling(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature)
-    return {**figures, **judge.held_out(reference, policy, reward, task, sampling, run), **saved}
+    return {**figures, **judge.held_out(start, policy, reward, task, sampling, run), **saved}

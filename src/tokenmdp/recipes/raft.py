@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenmdp import judge, rewards, tasks
+from tokenmdp import gate, judge, rewards, tasks
 from tokenmdp.functional import imitation, measures, returns, weights
 from tokenmdp.learner import Learner
 from tokenmdp.models import catalog
@@ -110,7 +110,9 @@ def train(
         run.missing(step, b, score)
         rows = score.verdict
         seen = look(sampler, b, "logp", "entropy")
-        kl = ((seen["logp"] - look(reference, b, "logp")["logp"]) * b.action).sum(-1)
+        logp_ref = look(reference, b, "logp")["logp"]
+        gate.check(step, run, sampler, b, seen["logp"], logp_ref)
+        kl = ((seen["logp"] - logp_ref) * b.action).sum(-1)
         outcome = score.value - cfg.truncation * (~b.ended).to(score.value.dtype) - cfg.kl * kl
         deviation = returns.spread(outcome, b.group, rows)
         chosen = best(outcome, b.group, deviation)

@@ -26,7 +26,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenmdp import judge, rewards, tasks
+from tokenmdp import gate, judge, rewards, tasks
+from tokenmdp.experts import check_vocabularies
 from tokenmdp.functional import kl, measures, policy_loss, returns, weights
 from tokenmdp.learner import Learner
 from tokenmdp.models import catalog
@@ -48,7 +49,10 @@ BASELINES = ("none", "batch", "leave_one_out", "greedy")
 
 @dataclass(frozen=True)
 class Config:
-    model: str = "smollm2-135m-instruct"  # the policy's start and its reference: best the SFT model
+    model: str = "smollm2-135m-instruct"  # what the policy starts as: best the SFT model
+    reference: str = (
+        ""  # what the KL is measured to, such as the SFT model of a second round; empty for the start itself
+    )
     reward: str = "sentiment"  # a reward model's folder, a name, file.py:function, or a mixture "0.5*a + b"
     task: str = "sentiment"  # prompts: a task's name, a file or a hub id
     baseline: str = "batch"  # none | batch | leave_one_out | greedy
@@ -83,15 +87,22 @@ class Config:
 
 
 def train(
-    cfg: Config, reference: Policy, reward: Reward, task: Task, run: Run, gold: Reward | None = None
+    cfg: Config,
+    reference: Policy,
+    reward: Reward,
+    task: Task,
+    run: Run,
+    gold: Reward | None = None,
+    start: Policy | None = None,
 ) -> tuple[Policy, dict[str, float]]:
     """Optimise the reward online; returns the trained policy.
 
     Args:
-        reference: where the policy starts and what the KL is measured to; frozen.
+        reference: what the KL is measured to, and where the policy starts unless `start` is given; frozen.
         gold: a second reward that is only recorded, to see proxy and truth drift apart.
+        start: where the policy starts, of the reference's vocabulary; None for the reference.
     """
-    policy = reference.twin(cfg.train, name="reinforce")
+    policy = (start or reference).twin(cfg.train, name="reinforce")
     actor = Learner(policy, cfg.learning_rate, tokens=cfg.micro_tokens)
     sampling = Sampling(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature)
     greedily = Sampling(max_new_tokens=cfg.max_new_tokens, temperature=0.0)
@@ -171,16 +182,19 @@ def train(
         if gold is not None:
             truth = gold(b)
             metrics["objective/gold"] = measures.mean(truth.value, truth.verdict)
+        gate.check(step, run, policy, b, logp_old, logp_ref if start is None else None)
         run.log(step, metrics, headline=("objective/scores", "objective/kl"))
     return policy, {}
 
 
 def main(cfg: Config, run: Run) -> dict[str, object]:
     """Load the reference, the reward and the prompts, train, save the policy to `model/` in the run folder."""
-    reference = catalog.load(cfg.model).freeze()
-    reward = rewards.load(cfg.reward, reference)
-    task = tasks.load(cfg.task, reference)
-    policy, figures = train(cfg, reference, reward, task, run)
+    start = catalog.load(cfg.model).freeze()
+    reference = catalog.load(cfg.reference).freeze() if cfg.reference else start
+    check_vocabularies(start, reference)
+    reward = rewards.load(cfg.reward, start)
+    task = tasks.load(cfg.task, start)
+    policy, figures = train(cfg, reference, reward, task, run, start=start if cfg.reference else None)
     saved = policy.publish(run.folder / "model")
     sampling = Sampling(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature)
-    return {**figures, **judge.held_out(reference, policy, reward, task, sampling, run), **saved}
+    return {**figures, **judge.held_out(start, policy, reward, task, sampling, run), **saved}

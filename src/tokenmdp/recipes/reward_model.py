@@ -131,6 +131,7 @@ def main(cfg: Config, run: Run) -> dict[str, object]:
     everything = data.pairs(rows, policy, cfg.max_tokens)
     if cfg.margin:
         check_margins(rows, everything, run)
+    data.tell_cut(everything, cfg.max_tokens, run.note)
     learned, kept, found = comparisons.divided(everything, cfg.held_out, run.rng)
     run.note(
         f"{len(learned)} pairs, {len(kept)} held out by prompt; body {policy.name} {policy.fingerprint()}; found: {found}"

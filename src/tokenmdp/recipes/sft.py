@@ -97,6 +97,7 @@ def main(cfg: Config, run: Run) -> dict[str, object]:
     if cfg.task and everything is None:
         raise ValueError(f"the task {cfg.task} has no demonstrations to clone: give a file with some by --data")
     everything = everything or data.demonstrations(files.rows(cfg.data), start, cfg.max_tokens)
+    data.tell_cut(everything, cfg.max_tokens, run.note)
     learned, kept = data.split(everything, cfg.held_out, run.rng)
     run.note(f"{len(learned)} demonstrations, {len(kept)} held out; start {start.name} {start.fingerprint()}")
     policy, figures = train(cfg, start, learned, kept, run)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenmdp import judge, rewards, tasks
+from tokenmdp import gate, judge, rewards, tasks
 from tokenmdp.functional import measures, value_loss, weights
 from tokenmdp.learner import Learner
 from tokenmdp.models import catalog, soft
@@ -107,6 +107,8 @@ def train(
         run.missing(step, b, score)
         rows = score.verdict
         now, logp_ref = look(policy, b, "logp", "entropy"), look(reference, b, "logp")["logp"]
+        if step % cfg.sync == 0:  # later the sampler is behind on purpose
+            gate.check(step, run, policy, b, now["logp"], logp_ref)
 
         # 2. What Q should be, by the rest of each path and the target network.
         paid = scheme.paid(b, score)

@@ -1,7 +1,7 @@
 """Credit assignment by name: which of a response's tokens earned its score. The equations are in `functional.credit`.
 
-A scheme turns one outcome a row into a reward a token. Every on-policy recipe takes one as its `credit` setting, and
-nothing else in a recipe changes with it:
+A scheme turns one outcome a row into a reward a token. The recipes `ppo`, `grpo`, `reinforce`, `soft_q` and
+`dapg` take one as their `credit` setting, and nothing else in a recipe changes with it:
 
     last                  all on the last token: when the outcome is known
     uniform               the same on every token: what every other scheme must beat

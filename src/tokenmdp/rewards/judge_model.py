@@ -4,7 +4,8 @@
     P(A) = mass of the letter A / mass of both letters,      read off the next-token distribution after the rubric
 
 Nothing is generated: one forward pass an order, and the answer is a probability. A judge that likes the first place
-whatever stands there says ½ of everything; how much it does is reported (`Verdicts.position_bias`).
+whatever stands there says ½ of everything; how much it does is reported (`Verdicts.position_bias`; as a reward, by what
+its two parts differ).
 
 As a reward it is the probability of winning against a reference response, the prompt's `reference` column:
 
@@ -148,6 +149,9 @@ class JudgeModel:
     def __call__(self, batch: Batch) -> Score:
         """[B] the probability of winning against the reference; no verdict without one, where both do not fit the judge's
         context, or where `compare` has none.
+
+        Its parts are the two orders, whose mean it is: what they differ by is the judge's liking for a place, which
+        metrics show as `rewards/place_a` and `rewards/place_b`.
         """
         mdp.touch("learned_reward")
         asked: dict[int, tuple[Prompt, Prompt]] = {}
@@ -162,14 +166,18 @@ class JudgeModel:
             except ValueError as error:  # too long for the judge: a response can be what its policy likes
                 reasons[i] = f"the judge cannot read it: {error}"
         value, verdict = torch.zeros(len(batch)), torch.zeros(len(batch), dtype=torch.bool)
+        orders = {f"place {letter}": torch.zeros(len(batch)) for letter in self.letters}
         if asked:
             found, rows = self._verdicts(list(asked.values())), list(asked)
             verdict[rows], value[rows] = found.verdict, torch.where(found.verdict, found.wins, 0.0)
+            for order, p in zip(orders.values(), (found.letter[0], 1 - found.letter[1]), strict=True):
+                order[rows] = torch.where(found.verdict, p, 0.0)
             for i, mass in zip(rows, found.mass.amin(0).tolist(), strict=True):
                 if not verdict[i]:
                     reasons[i] = f"the letters {' and '.join(self.letters)} had {mass:.2g} of the probability"
         device = batch.tokens.device
-        return Score(value.to(device), verdict.to(device), reasons=reasons)
+        parts = {name: Score(order.to(device), verdict.to(device)) for name, order in orders.items()}
+        return Score(value.to(device), verdict.to(device), parts=parts, reasons=reasons)
 
     def _asked(self, prompt: str, first: str, second: str) -> Prompt:
         """The rubric, filled in, as the judge's prompt."""

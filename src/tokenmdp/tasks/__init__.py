@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 from tokenmdp import mdp
 from tokenmdp.experts import Expert
 from tokenmdp.models.policy import Policy
+from tokenmdp.rewards.verifier import after_thinking
 from tokenmdp.types import Batch, Prompt, Reward, Score
 
 _NOT_TASKS = {"__init__", "data", "files", "formats"}
@@ -66,9 +67,18 @@ class Task:
             )
         return [self.train[i] for i in torch.randperm(len(self.train), generator=rng)[:k].tolist()]
 
+    def first(self, k: int, say: Callable[[str], None]) -> list[Prompt]:
+        """The first `k` prompts there are, those held out before those to learn on; where some of the latter are among
+        them, that is said.
+        """
+        asked = [*self.held_out, *self.train][:k]
+        if (seen := len(asked) - len(self.held_out)) > 0:
+            say(f"{seen} of the {len(asked)} prompts are among those that {self.name} gives to learn on")
+        return asked
+
 
 class ExactAnswer:
-    """1 where the response, stripped of surrounding space, is the prompt's `answer` column, else 0."""
+    """1 where the response, after any thinking and stripped of surrounding space, is the prompt's `answer` column, else 0."""
 
     name = "exact_answer"
 
@@ -76,7 +86,8 @@ class ExactAnswer:
         """[B] 0 or 1; a prompt without an answer gives no verdict."""
         mdp.touch("reward")
         answers = [p.columns.get("answer") for p in batch.prompts]
-        right = [float(text.strip() == str(answer)) for text, answer in zip(batch.texts, answers, strict=True)]
+        said = [after_thinking(text, prompt=p.text) for text, p in zip(batch.texts, batch.prompts, strict=True)]
+        right = [float(x is not None and x.strip() == str(answer)) for x, answer in zip(said, answers, strict=True)]
         verdict = torch.tensor([answer is not None for answer in answers], device=batch.tokens.device)
         return Score(torch.where(verdict, torch.tensor(right, device=batch.tokens.device), 0.0), verdict)
 

@@ -15,6 +15,7 @@ from tokenmdp.tasks import formats
 from tokenmdp.tasks.formats import Content, Demonstration
 from tokenmdp.types import Batch, Pairs, Prompt
 
+_MANY_CUT = 0.05  # share of responses cut from which it is a warning
 _ALL_WRONG, _NAMED = 20, 20  # rows that are wrong before the rest is not looked at; rows an error names
 Made = TypeVar("Made")
 
@@ -148,6 +149,17 @@ def alike(pairs: Pairs) -> Bool[Tensor, "B"]:
     """[B] where chosen and rejected are the same tokens: such a pair says nothing."""
     said = [[b.tokens[i][b.action[i]].tolist() for i in range(len(pairs))] for b in (pairs.chosen, pairs.rejected)]
     return torch.tensor([chosen == rejected for chosen, rejected in zip(*said, strict=True)], dtype=torch.bool)
+
+
+def tell_cut(data: Batch | Pairs, max_tokens: int, say: Callable[[str], None]) -> None:
+    """Say how many responses were cut, and so never show how to end, if any was."""
+    sides = [data.chosen, data.rejected] if isinstance(data, Pairs) else [data]
+    cut, of = sum(int((~b.ended).sum()) for b in sides), sum(len(b) for b in sides)
+    if cut:
+        say(
+            f"{'warning: ' if cut >= _MANY_CUT * of else ''}{cut} of {of} responses ({cut / of:.1%}) were cut at "
+            f"max_tokens={max_tokens}: nothing is learned from them about how to end; raise max_tokens to keep them whole"
+        )
 
 
 def _batch(

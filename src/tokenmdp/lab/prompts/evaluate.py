@@ -4,7 +4,8 @@
 2. prediction  each proxy's accuracy, precision, AUC pooled and within prompts, calibration, beside the retest ceiling
 3. choice      reward of random, best constant (of the training part), each proxy's pick, the pick that abstains, and
                the oracle (in hindsight the best, so where answers vary by chance, part of it is luck), paired by query, with
-               intervals that resample questions
+               intervals that resample questions; where the log tried only part of the prompts, estimated off-policy, with
+               what the log is worth for each policy (effective trials) and the share of it that was never tried
 """
 
 from __future__ import annotations
@@ -131,10 +132,19 @@ def tables(found: dict[str, Any]) -> list[Table]:
         return f"{x['mean']:.3f} [{x['low']:.3f}, {x['high']:.3f}]"
 
     first = Table(title=found["verdict"], title_justify="left")
-    for name in ("choice", "reward [95 %]", "over the best constant", "queries"):
+    estimated = any("overlap" in row for row in found["choices"].values())
+    for name in (
+        "choice",
+        "reward [95 %]",
+        "over the best constant",
+        "queries",
+        *["worth, trials", "1 − mean weight"] * estimated,
+    ):
         first.add_column(name, justify="left" if name == "choice" else "right")
     for name, row in found["choices"].items():
-        first.add_row(name, span(row["reward"]), span(row["over_constant"]), str(row["queries"]))
+        lies = row.get("overlap")
+        diagnosed = [f"{lies['effective']:.0f} of {lies['trials']}", f"{lies['uncovered']:.0%}"] if lies else []
+        first.add_row(name, span(row["reward"]), span(row["over_constant"]), str(row["queries"]), *diagnosed)
     second = Table(title="what Υ says of held-out trials", title_justify="left")
     kinds = ("accuracy", "precision", "auc", "auc_within_prompt", "squared_error", "ece", "retest")
     for name in ("proxy", *kinds):

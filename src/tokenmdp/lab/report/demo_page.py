@@ -281,7 +281,7 @@ def ledger(summary: Figures) -> dict[str, Any] | None:
 def gate(summary: Figures) -> list[tuple[str, str, str]]:
     """What must hold before the first update, and by how much it did."""
     names = (
-        ("ratio_max_error", "largest |ratio − 1|", "new and old policy are the same before the first update"),
+        ("ratio_first_update", "mean ratio, first update", "new and old policy are the same before the first update"),
         ("kl_reference", "KL to the reference, nats", "the policy starts as its reference"),
         (
             "sampler_learner_max_difference",

@@ -38,6 +38,7 @@ def sections(summary: Figures) -> dict[str, Any]:
         "cut": any(number(r.get("cut")) for r in summary.rows("by_prompt")),
         "clusters": [(r.get("id"), count(number(r.get("queries"))), r.get("text")) for r in summary.rows("by_cluster")],
         "predicted": list(predicted(summary)),
+        "overlap": list(overlap(summary)),
         "changed": summary.rows("changed"),
     }
 
@@ -77,6 +78,15 @@ def choices(summary: Figures, key: str) -> Iterator[figures.Rung]:
     for name, row in summary.mapping("choices").items():
         if isinstance(row, dict) and (x := Figures({"x": row.get(key)}).interval("x")):
             yield name, x, ROLES.get(name, "accent")
+
+
+def overlap(summary: Figures) -> Iterator[tuple[str, ...]]:
+    """Of choices that were estimated and not read off: what the log is worth for each, in trials."""
+    for name in summary.mapping("choices"):
+        found = Figures({"x": summary.mapping("choices").get(name)})
+        if (worth := found.number("x.overlap.effective")) is not None:
+            trials, largest = count(found.number("x.overlap.trials")), percent(found.number("x.overlap.largest"))
+            yield name, count(worth), trials, largest, percent(found.number("x.overlap.uncovered"))
 
 
 def rows(summary: Figures, part: str, key: str) -> Iterator[figures.Rung]:
