@@ -42,7 +42,7 @@ import common
 from tokenmdp.models import catalog
 from tokenmdp.models.policy import Policy
 from tokenmdp.models.sampling import Sampling
-from tokenmdp.prompting import choose, collect, intervals, judged, leaks, stacked
+from tokenmdp.prompting import choose, collect, judged, leaks, stacked
 from tokenmdp.prompting import log as logs
 from tokenmdp.prompting.log import Log
 from tokenmdp.rewards import numerals
@@ -155,39 +155,6 @@ def auc_error(log: Log, score: NDArray[np.float64], right: NDArray[np.bool_]) ->
     return float(np.std(found)) if len(found) > 1 else None
 
 
-def after(trials: Sequence[Mapping[str, Any]], critic: Sequence[float], constant: Mapping[str, str]) -> dict[str, Any]:
-    """Choosing among the answers of all prompts."""
-    by: dict[str, list[tuple[Mapping[str, Any], float]]] = {}
-    for trial, said in zip(trials, critic, strict=True):
-        by.setdefault(str(trial["query_id"]), []).append((trial, said))
-    earned: dict[str, list[float]] = {"best constant (train)": [], "confidence": [], "self-critic": [], "vote": []}
-    texts = []
-    for name, given in by.items():
-        texts.append(str(given[0][0]["query"]))
-        reward = {str(t["prompt_id"]): float(t["reward"]) for t, _ in given}
-        earned["best constant (train)"].append(reward[constant[name]])
-        earned["confidence"].append(float(max(given, key=lambda x: float(x[0]["confidence"]))[0]["reward"]))
-        earned["self-critic"].append(float(max(given, key=lambda x: x[1])[0]["reward"]))
-        numbers = [numerals.answer(str(t["response"])) for t, _ in given]
-        voted = choose.vote([None if n is None else str(n) for n in numbers])
-        right = [
-            float(t["reward"])
-            for (t, _), n in zip(given, numbers, strict=True)
-            if voted is not None and str(n) == voted
-        ]
-        earned["vote"].append(right[0] if right else 0.0)
-    group = leaks.groups(texts)
-    base = np.asarray(earned["best constant (train)"])
-    return {
-        name: {
-            "reward": intervals.grouped_mean(np.asarray(value), group, seed=SEED)._asdict(),
-            "over_constant": intervals.grouped_mean(np.asarray(value) - base, group, seed=SEED)._asdict(),
-            "calls": {"best constant (train)": 1, "self-critic": 2 * len(PROMPTS)}.get(name, len(PROMPTS)),
-        }
-        for name, value in earned.items()
-    }
-
-
 def of_model(run: Run, name: str, path: str, queries: Sequence[Mapping[str, Any]], args: Any) -> dict[str, Any]:
     """Everything about one model."""
     start = time.monotonic()
@@ -197,9 +164,12 @@ def of_model(run: Run, name: str, path: str, queries: Sequence[Mapping[str, Any]
     rows = files.rows(str(file))
     log = logs.read(file)
     first = [row for row in rows if row["repeat"] == 0]
-    critic = criticised(run, name, policy, first)
+    critic = np.full(len(log), np.nan)  # of first tries; trials are in the order of the file
+    critic[log.repeat == 0] = criticised(run, name, policy, first)
     found = before(log, args.quick)
-    ids = dict(zip(log.query_ids, (log.prompt_ids[i] for i in found.pop("constant")), strict=True))
+    constant = np.asarray(found.pop("constant"))
+    asked = judged.after_asking(log, constant, SEED, {"self-critic": critic})
+    asked["self-critic"]["calls"] *= 2
     cuts: dict[str, list[bool]] = {}
     for row in rows:  # rows from before it was written down are told by their length
         ended = row.get("ended", len(policy.encode(row["response"])) < tokens)
@@ -212,7 +182,7 @@ def of_model(run: Run, name: str, path: str, queries: Sequence[Mapping[str, Any]
         "by_prompt": by_prompt,
         "cut": {key: float(np.mean(cut)) for key, cut in cuts.items()},
         **found,
-        "after_asking_all": after(first, critic, ids),
+        "after_asking_all": asked,
         "minutes": (time.monotonic() - start) / 60,
     }
 

@@ -47,16 +47,6 @@ def test_arithmetic_asks_for_one_policy_gradient_that_learns(bench: Any):
     assert not found["policy_gradient"]["passed"]
 
 
-def test_result_files_name_no_path(bench: Any):
-    found = {"task": "arithmetic:/a/b", "solvers": {"rloo": {"note": "/a/b and m"}}, "seeds": 3}
-    places = {"DIR": "/a/b", "MODEL": None}
-    assert bench("compare").portable(found, places) == {
-        "task": "arithmetic:DIR",
-        "solvers": {"rloo": {"note": "DIR and m"}},
-        "seeds": 3,
-    }
-
-
 def test_the_mean_curve_by_hand(bench: Any):
     # Seeds with 3 and 2 points share 20 to 40 tokens; at both ends: (0.1 + 0.3)/2 and (0.5 + 0.7)/2.
     curves = [[[20, 0.1], [30, 0.3], [40, 0.5]], [[20, 0.3], [40, 0.7]], []]

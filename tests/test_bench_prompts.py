@@ -98,20 +98,6 @@ def test_collected_logs(bench: Any, tmp_path: Path) -> None:
     assert again["choices"] == found["choices"]
 
 
-@pytest.mark.parametrize("bench", ["prompts_collected"], indirect=True)
-def test_after_asking_all_by_hand(bench: Any) -> None:
-    """Three prompts on two questions: the surest answer, the one its critic likes best, and the one given twice."""
-    said = [("q", "a", "4", 1.0, -1.0), ("q", "b", "5", 0.0, -0.1), ("q", "c", "4", 1.0, -2.0)]
-    said += [("r", "a", "7", 0.0, -0.1), ("r", "b", "8", 1.0, -0.2), ("r", "c", "7", 0.0, -3.0)]
-    trials = [
-        {"query_id": q, "query": q, "prompt_id": p, "response": t, "reward": r, "confidence": c}
-        for q, p, t, r, c in said
-    ]
-    found = bench.after(trials, [0.2, 0.1, 0.3, 0.1, 0.9, 0.2], {"q": "a", "r": "a"})
-    means = {name: row["reward"]["mean"] for name, row in found.items()}
-    assert means == {"best constant (train)": 0.5, "confidence": 0.0, "self-critic": 1.0, "vote": 0.5}
-
-
 @pytest.mark.parametrize("bench", ["prompts"], indirect=True)
 def test_speed(bench: Any, outcomes: Path) -> None:
     found = bench.main(["--quick", "--data", str(outcomes), "--json", str(outcomes / "out.json")])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from tokenmdp import mdp
 from tokenmdp.models import catalog
 from tokenmdp.models.sampling import Sampling
 from tokenmdp.prompting import choose, judged, proxy, stacked
+from tokenmdp.prompting import log as logs
 from tokenmdp.prompting.log import Builder, Log
 
 ANIMALS, TOOLS = ("cat", "dog", "horse", "cow"), ("hammer", "saw", "drill", "wrench")
@@ -319,3 +322,33 @@ def test_nothing_is_told_from_fewer_questions_than_an_interval_needs() -> None:
     assert told is not None
     assert told.mean == pytest.approx(0.5)
     assert choose.gained(trials.of_queries(range(7)), picks, constant, value, group) is None
+
+
+# -- asking first -------------------------------------------------------------------------------------------------------
+
+
+def test_after_asking_all_by_hand(tmp_path: Path) -> None:
+    """Three prompts on two questions: the surest answer, the one a critic likes best, and the one given twice."""
+    said = [("q", "a", "It is 4.", 1.0, -1.0), ("q", "b", "5", 0.0, -0.1), ("q", "c", "4.0", 1.0, -2.0)]
+    said += [("r", "a", "7", 0.0, -0.1), ("r", "b", "8", 1.0, -0.2), ("r", "c", "so 7", 0.0, -3.0)]
+    said += [("s", "a", "none", 0.0, -0.1), ("s", "b", "no idea", 0.0, -0.2), ("s", "c", "who knows", 0.0, -3.0)]
+    said += [("t", "a", "7", 1.0, -0.1)]  # was not tried with all prompts, and does not count
+    rows = [
+        {"query_id": q, "query": f"question {q}", "prompt_id": p, "response": t, "reward": r, "confidence": c}
+        for q, p, t, r, c in said
+    ]
+    rows.append({**rows[0], "repeat": 1, "reward": 0.0, "response": "9"})  # a second try does not count either
+    file = tmp_path / "log.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    log = logs.read(file)
+    critic = np.array([0.2, 0.1, 0.3, 0.1, 0.9, 0.2, 0.1, 0.2, 0.3, 0.5, 0.5])
+    found = judged.after_asking(log, np.zeros(4, dtype=np.int64), scores={"critic": critic})
+    means = {name: row["reward"]["mean"] for name, row in found.items()}
+    assert means == pytest.approx({"confidence": 0.0, "critic": 2 / 3, "vote": 1 / 3})
+    assert found["vote"]["over_constant"]["mean"] == pytest.approx(0.0)  # the constant a is right on q alone
+    assert {(row["queries"], row["calls"]) for row in found.values()} == {(3, 3)}
+    again = tmp_path / "again.jsonl"
+    logs.write(log, again)
+    assert np.array_equal(logs.read(again).confidence, log.confidence)
+    assert logs.read(again).answer is None  # without responses nobody knows what was said
+    assert list(judged.after_asking(logs.read(again), np.zeros(4, dtype=np.int64))) == ["confidence"]

@@ -12,6 +12,7 @@ Source: Sun, Hüyük & van der Schaar 2023 (Prompt-OIRL), section 3.3 (best of n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,7 @@ from tokenmdp.stats import Interval
 WHOLE = 0.95  # the share of queries × prompts a log must have tried to be read off
 TOLD = 0.5  # the share of moved queries on which both prompts must have been tried for a difference to tell
 ROUNDS = 500  # of least squares, prompt effects and query effects in turn
+Said = TypeVar("Said", int, str)
 SETTING = "offline_inverse_rl"  # neither learning nor choosing may act: whoever calls the language model here raises
 
 
@@ -201,7 +203,7 @@ def gained(
     return intervals.grouped_mean(difference[known], group[at][known], seed=seed)
 
 
-def vote(answers: Sequence[str | None]) -> str | None:
+def vote(answers: Sequence[Said | None]) -> Said | None:
     """The answer given most often (self-consistency), the earliest of equals; None where nobody answered.
 
     Source: Wang et al. 2023 (self-consistency), section 2.

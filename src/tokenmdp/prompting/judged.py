@@ -189,6 +189,55 @@ def _estimated(
     }
 
 
+def after_asking(
+    log: Log, constant: NDArray[np.int64], seed: int = 0, scores: Mapping[str, NDArray[np.float64]] | None = None
+) -> dict[str, dict[str, Any]]:
+    """What it earns to ask every prompt and keep one of the answers: P calls a query, where choosing before takes one.
+
+        confidence   the answer its model was surest of, by the mean log-probability of its tokens
+        vote         the number given most often, the earliest of equals (self-consistency over prompts)
+
+    Args:
+        log: trials; the first of each query and prompt counts, on the queries where every prompt was tried.
+        constant: [Q] the best constant prompt, as in `choices`.
+        scores: further numbers a trial, [N] by name, of whose answers the highest is kept.
+
+    Returns:
+        As `choices`, with `calls`; nothing of what the log does not say.
+    """
+    at = np.full((len(log.queries), len(log.prompts)), -1, dtype=np.int64)
+    first = np.flatnonzero(log.repeat == 0)
+    at[log.query[first], log.prompt[first]] = first
+    asked = np.flatnonzero((at >= 0).all(1))
+    if not len(asked):
+        return {}
+    trial, rows = at[asked], np.arange(len(asked))
+    reward, group = log.reward[trial], leaks.groups(log.queries)[asked]
+    base = reward[rows, constant[asked]]
+    given = dict(scores or {})
+    if log.confidence is not None:
+        given = {"confidence": log.confidence, **given}
+    earned = {
+        name: reward[rows, score[trial].argmax(1)] for name, score in given.items() if not np.isnan(score[trial]).any()
+    }
+    if log.answer is not None:
+        kept = [choose.vote([None if a < 0 else a for a in said]) for said in log.answer[trial].tolist()]
+        voted = (
+            np.array([-2 if k is None else k for k in kept])[:, None] == log.answer[trial]
+        )  # nobody's answer is wrong
+        earned["vote"] = np.where(voted.any(1), reward[rows, voted.argmax(1)], 0.0)
+    return {
+        name: {
+            "reward": intervals.grouped_mean(value, group, seed=seed)._asdict(),
+            "over_constant": intervals.grouped_mean(value - base, group, seed=seed)._asdict(),
+            "queries": len(asked),
+            "checked": 1.0,
+            "calls": len(log.prompts),
+        }
+        for name, value in earned.items()
+    }
+
+
 def in_words(found: Mapping[str, Mapping[str, Any]], name: str, abstaining: str = "") -> str:
     """The first line of a report: whether choosing by Υ pays.
 

@@ -2,7 +2,7 @@
 
 One trial a row, in the columns
 
-    query_id, query, prompt_id, prompt, response, reward [, propensity, model, cost, repeat, ended, split, ...]
+    query_id, query, prompt_id, prompt, response, reward [, propensity, model, cost, repeat, ended, confidence, split, ...]
 
 as JSONL, CSV or Parquet; or a query a row with `correct: {prompt_id: reward}`, as outcomes are published. Queries and
 prompts are kept once each, trials as arrays of numbers, so that a million of them fit in memory.
@@ -21,10 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenmdp.prompting import champ
+from tokenmdp.rewards import numerals
 from tokenmdp.tasks import files
 
 LONGEST = 1 << 20  # characters of a query or prompt
-COLUMNS = ("query", "prompt", "reward", "repeat", "part", "propensity", "cost", "ended")
+COLUMNS = ("query", "prompt", "reward", "repeat", "part", "propensity", "cost", "ended", "confidence", "answer")
 MANY_CUT = 0.1  # share of a prompt's answers from which a reader is warned
 _NEEDED = ("query", "prompt_id", "reward")
 
@@ -42,6 +43,9 @@ class Log:
         propensity: [N] with what probability the logging policy chose that prompt for that query, where it is known.
         cost: [N] what the trial cost, in the log's own unit, where it is known.
         ended: [N] 1 where the answer ended by itself, 0 where it was cut, NaN where the log does not say.
+        confidence: [N] the mean log-probability of the answer's tokens, nats; NaN where the log does not say.
+        answer: [N] which number the response gave: trials with equal ones said the same; −1 where it gave none, or the log
+            keeps no responses.
         part: [N] which of `parts` a trial is in by the log's own account.
         parts: the names of these, such as train and test; `""` where the log says nothing.
         facts: what was noticed while reading.
@@ -58,6 +62,8 @@ class Log:
     propensity: NDArray[np.float64] | None = None
     cost: NDArray[np.float64] | None = None
     ended: NDArray[np.float64] | None = None
+    confidence: NDArray[np.float64] | None = None
+    answer: NDArray[np.int64] | None = None
     part: NDArray[np.int64] | None = None
     parts: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -67,17 +73,8 @@ class Log:
 
     def select(self, trials: NDArray[Any]) -> Log:
         """The given trials (a mask or indices); queries and prompts keep their numbers."""
-        return replace(
-            self,
-            query=self.query[trials],
-            prompt=self.prompt[trials],
-            reward=self.reward[trials],
-            repeat=self.repeat[trials],
-            propensity=None if self.propensity is None else self.propensity[trials],
-            cost=None if self.cost is None else self.cost[trials],
-            ended=None if self.ended is None else self.ended[trials],
-            part=None if self.part is None else self.part[trials],
-        )
+        known = {name: column for name in COLUMNS if (column := getattr(self, name)) is not None}
+        return replace(self, **{name: column[trials] for name, column in known.items()})
 
     def of_part(self, name: str) -> Log:
         """The trials that the log itself puts into a part.
@@ -210,6 +207,7 @@ class Builder:
         self.queries: dict[str, int] = {}
         self.query_texts: list[str] = []
         self.parts: dict[str, int] = {}
+        self.answers: dict[str, int] = {}  # the numbers that responses gave, as they came
         self.prompts: dict[str, int] = {}
         self.prompt_texts: list[str] = []
         self.seen: dict[tuple[int, int], int] = {}  # trials of a query and a prompt so far
@@ -262,6 +260,10 @@ class Builder:
             value = row.get(name)
             self.columns[name].append(math.nan if value in (None, "") else _number(value, name, where))
         self.columns["ended"].append(_yes(row.get("ended"), "ended", where))
+        sure = row.get("confidence")
+        self.columns["confidence"].append(math.nan if sure in (None, "") else _number(sure, "confidence", where))
+        said = numerals.answer(row["response"]) if isinstance(row.get("response"), str) else None
+        self.columns["answer"].append(-1 if said is None else self.answers.setdefault(str(said), len(self.answers)))
         propensity = self.columns["propensity"][-1]
         if not (math.isnan(propensity) or 0 < propensity <= 1):
             raise ValueError(f"{where}: propensity is {propensity}; it must be in (0, 1]: what was tried had a chance")
@@ -335,7 +337,8 @@ class Builder:
                     f"{source}: {int(some.sum())} of {len(some)} trials have no {name}: give it for all or for none"
                 )
         repeat = np.asarray(self.columns["repeat"], dtype=np.int64)
-        ended = np.asarray(self.columns["ended"])
+        ended, confidence = (np.asarray(self.columns[name]) for name in ("ended", "confidence"))
+        answer = np.asarray(self.columns["answer"], dtype=np.int64)
         facts = {
             "trials": len(reward),
             "queries": len(self.queries),
@@ -354,6 +357,8 @@ class Builder:
             repeat=repeat,
             **{name: None if np.isnan(values).all() else values for name, values in optional.items()},
             ended=None if np.isnan(ended).all() else ended,
+            confidence=None if np.isnan(confidence).all() else confidence,
+            answer=answer if self.answers else None,
             part=np.asarray(self.columns["part"], dtype=np.int64),
             parts=tuple(self.parts),
             facts=facts,
@@ -448,6 +453,8 @@ def write(log: Log, path: Path, responses: Sequence[str] | None = None) -> None:
             for name, values in (("propensity", log.propensity), ("cost", log.cost)):
                 if values is not None:
                     row[name] = float(values[i])
+            if log.confidence is not None and not math.isnan(log.confidence[i]):
+                row["confidence"] = float(log.confidence[i])
             if log.ended is not None and not math.isnan(log.ended[i]):
                 row["ended"] = bool(log.ended[i])
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -135,6 +135,7 @@ def tables(found: dict[str, Any]) -> list[Table]:
     estimated = any("overlap" in row for row in found["choices"].values())
     for name in (
         "choice",
+        "calls",
         "reward [95 %]",
         "over the best constant",
         "queries",
@@ -144,7 +145,8 @@ def tables(found: dict[str, Any]) -> list[Table]:
     for name, row in found["choices"].items():
         lies = row.get("overlap")
         diagnosed = [f"{lies['effective']:.0f} of {lies['trials']}", f"{lies['uncovered']:.0%}"] if lies else []
-        first.add_row(name, span(row["reward"]), span(row["over_constant"]), str(row["queries"]), *diagnosed)
+        calls = "–" if name == "oracle" else str(row.get("calls", 1))
+        first.add_row(name, calls, span(row["reward"]), span(row["over_constant"]), str(row["queries"]), *diagnosed)
     second = Table(title="what Υ says of held-out trials", title_justify="left")
     kinds = ("accuracy", "precision", "auc", "auc_within_prompt", "squared_error", "ece", "retest")
     for name in ("proxy", *kinds):
