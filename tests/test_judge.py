@@ -7,9 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from tiny_models import batch
 from tiny_recipes import LIKED, liking, policy, task
 from tokenmdp import judge
 from tokenmdp.models.policy import Policy
@@ -88,3 +90,25 @@ def test_without_held_out_prompts_that_is_said(tmp_path: Path) -> None:
     with Run.open(tmp_path / "run", config={}, seed=0) as run:
         found = judge.held_out(policy(), policy(), liking(), replace(task(), held_out=()), SAMPLING, run)
     assert "holds no prompts out" in str(found["held_out"])
+
+
+# -- diversity ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_policy_that_says_one_thing_is_told_of(tmp_path: Path) -> None:
+    found = judged(tmp_path / "well", policy().freeze())
+    assert found["distinct_2_change"]["mean"] == pytest.approx(0, abs=0.05)
+    assert "repeat each other" not in (tmp_path / "well" / "log.txt").read_text()
+    found = judged(tmp_path / "ill", better(60.0))
+    assert found["distinct_2_trained"]["mean"] < 0.2 < 0.8 < found["distinct_2_start"]["mean"]
+    assert found["distinct_2_change"]["high"] < 0
+    assert "warning: responses to one prompt repeat each other" in (tmp_path / "ill" / "log.txt").read_text()
+
+
+def test_diversity_and_length_by_hand() -> None:
+    """Of (1 2), (1 2), (3 1 2) and an end: 4 pairs, of which (1 2) and (3 1) are different. The second prompt has none."""
+    rows = [[1, 2, 0], [1, 2, 0], [3, 1, 2, 0], [0]] + [[5, 0]] * 4
+    b = batch([([1], row) for row in rows])
+    found = judge._distinct(b)
+    assert found[0] == 0.5
+    assert np.isnan(found[1])

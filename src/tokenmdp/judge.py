@@ -2,6 +2,7 @@
 
     gain = E_prompts [ E score(y ~ π) − E score(y ~ π_start) ],      paired by prompt
     KL   = E Σ_t KL( π_T(· | s_t) ‖ π_start,T(· | s_t) ),            exact at every state visited, nats a response
+    distinct-2 of a prompt: different pairs of neighbouring tokens / pairs,   over its responses: 1 is no repetition
 
 Both policies answer the same prompts, at the temperature T. Top-k and top-p decide which states are visited and do not
 enter the KL there: it is that of the whole distributions. Greedy responses (T = 0) have no finite KL; in their states that of
@@ -23,9 +24,10 @@ from tokenmdp.models.policy import Policy
 from tokenmdp.models.sampling import Sampling
 from tokenmdp.run import Run
 from tokenmdp.tasks import Task
-from tokenmdp.types import Reward, Score
+from tokenmdp.types import Batch, Reward, Score
 
 PROMPTS, ANSWERS, SHOWN = 64, 4, 8
+COLLAPSED = 0.5  # share of the start's distinct-2 below which it is a warning
 
 
 def held_out(
@@ -41,8 +43,9 @@ def held_out(
 
     Returns:
         `held_out`: the number of prompts, scores of start and trained, their paired difference with its 95 % interval,
-        the KL in nats a response, and the share of clipped responses. Where the task holds nothing out, or no prompt
-        got verdicts, that is said in place of figures.
+        the KL in nats a response, the share of clipped responses, and the mean length (tokens) and distinct-2 of both:
+        a policy that says one thing to everything has a high score and nothing else. Where the task holds nothing out, or
+        no prompt got verdicts, that is said in place of figures.
     """
     prompts = list(task.held_out)[:PROMPTS]
     if start.fingerprint() == trained.fingerprint():
@@ -62,6 +65,13 @@ def held_out(
     T = sampling.temperature or 1.0
     divergence = in_parts(lambda part: {"kl": trained.kl_to(start, part, T)}, answers[1])["kl"]
     nats = divergence.sum(-1).double().cpu().numpy().reshape(-1, ANSWERS).mean(1)
+    varied = [_distinct(b) for b in answers]
+    told = ~(np.isnan(varied[0]) | np.isnan(varied[1]))
+    if told.any() and varied[1][told].mean() < COLLAPSED * varied[0][told].mean():
+        run.note(
+            f"warning: responses to one prompt repeat each other: distinct-2 fell from {varied[0][told].mean():.2f} to "
+            f"{varied[1][told].mean():.2f}; look at samples.jsonl before you believe the score"
+        )
     return {
         "held_out": {
             "prompts": int(both.sum()),
@@ -70,8 +80,32 @@ def held_out(
             "trained_minus_start": _interval(after[both] - before[both]),
             "kl_nats": _interval(nats),
             "clipped_ratio": float((~answers[1].ended).double().mean()),
+            **{
+                f"mean_length_{arm}": float(b.action.sum(-1).double().mean())
+                for arm, b in zip(("start", "trained"), answers, strict=True)
+            },
+            **(
+                {
+                    "distinct_2_start": _interval(varied[0][told]),
+                    "distinct_2_trained": _interval(varied[1][told]),
+                    "distinct_2_change": _interval(varied[1][told] - varied[0][told]),
+                }
+                if told.any()
+                else {}
+            ),
         }
     }
+
+
+def _distinct(b: Batch) -> np.ndarray[Any, Any]:
+    """[P] distinct-2 of each prompt's responses, as tokens without the one that ends them; NaN where none has two."""
+    rows = [b.tokens[i][b.action[i]].tolist() for i in range(len(b))]
+    said = [row[:-1] if ended else row for row, ended in zip(rows, b.ended.tolist(), strict=True)]
+    found = []
+    for at in range(0, len(said), ANSWERS):
+        part = said[at : at + ANSWERS]
+        found.append(stats.distinct_n(part, 2) if max(map(len, part)) > 1 else float("nan"))
+    return np.array(found)
 
 
 def _interval(values: np.ndarray[Any, Any]) -> dict[str, float]:
