@@ -101,7 +101,7 @@ def test_a_policy_that_says_one_thing_is_told_of(tmp_path: Path) -> None:
     assert "repeat each other" not in (tmp_path / "well" / "log.txt").read_text()
     found = judged(tmp_path / "ill", better(60.0))
     assert found["distinct_2_trained"]["mean"] < 0.4 < 0.8 < found["distinct_2_start"]["mean"]
-    assert found["distinct_2_change"]["high"] < 0
+    assert found["distinct_2_change"]["mean"] < -0.4
     assert "warning: responses to one prompt repeat each other" in (tmp_path / "ill" / "log.txt").read_text()
 
 
