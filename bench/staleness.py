@@ -212,8 +212,7 @@ def worker(folder: Path) -> None:
     """Be one of the processes that share the runs in `folder`."""
 
     def hired() -> Callable[[Any], Any]:
-        run = workers.run_of(folder)
-        lab = compare.Lab(config.build(compare.Config, run.config, str(folder / "config.json")), run)
+        lab = compare.joined(folder)
         return lambda order: trial(lab, *order)
 
     workers.serve(hired)

@@ -285,12 +285,17 @@ def in_short(found: Mapping[str, Any]) -> str:
     return f"{how}, {found['tokens']} tokens in {found['seconds']:.1f} s"
 
 
+def joined(folder: Path) -> Lab:
+    """The lab of the comparison in `folder`, for a process that shares its trials."""
+    run = workers.run_of(folder)
+    return Lab(config.build(Config, run.config, str(folder / "config.json")), run)
+
+
 def work(folder: Path) -> None:
     """Be one of the processes that share the trials of the comparison in `folder`."""
 
     def hired() -> Callable[[Any], Any]:
-        run = workers.run_of(folder)
-        lab = Lab(config.build(Config, run.config, str(folder / "config.json")), run)
+        lab = joined(folder)
         return lambda order: lab.conduct(Trial(**order))
 
     workers.serve(hired)
