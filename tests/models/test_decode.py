@@ -118,7 +118,9 @@ def test_positions_in_the_attention_scores_are_recognised() -> None:
     config = BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4, eos_token_id=EOS)
     other = tiny("llama")
     policy = Policy(BloomForCausalLM(config).float(), other.tokenizer, compute="float32")
-    assert decode.objection(policy)
+    assert "with its attention exchanged it raises" in decode.objection(policy)
+    policy.engine()
+    assert policy.paths["rollouts"].startswith("full forward pass at every token, slow: with its attention exchanged")
 
 
 def test_finished_rows_leave(policy: Policy, passes: list[tuple[int, int]]) -> None:
@@ -322,4 +324,4 @@ def test_a_window_of_another_kind_is_left_to_the_slow_path() -> None:
     policy = tiny("llama")
     assert not decode.objection(policy)
     policy.model.config.keep_window_size = 12
-    assert decode.objection(policy)
+    assert decode.objection(policy) == "it looks back through a window of its own kind"

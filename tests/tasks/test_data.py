@@ -415,3 +415,23 @@ def test_cut_responses_are_told_of(policy: Policy):
     assert said[1].startswith("warning: 1 of 4 responses")
     data.tell_cut(data.demonstrations(rows, policy), 99, said.append)
     assert len(said) == 2  # nothing was cut: nothing is said
+
+
+# -- several answers a row ------------------------------------------------------------------------------------------------
+
+
+def test_lists_of_answers_are_as_many_pairs(policy: Policy):
+    """Two chosen and three rejected texts are six pairs of one prompt; a row of two texts stays one."""
+    rows = [
+        {"prompt": "1+1=", "chosen": ["2", "two"], "rejected": ["3", "4", "11"], "margin": 0.5},
+        {"prompt": "2+2=", "chosen": "4", "rejected": "5"},
+    ]
+    pairs = data.pairs(rows, policy)
+    said = [(a.strip(), b.strip()) for a, b in zip(pairs.chosen.texts, pairs.rejected.texts, strict=True)]
+    assert said == [(a, b) for a in ("2", "two") for b in ("3", "4", "11")] + [("4", "5")]
+    assert [p.row for p in pairs.chosen.prompts] == [0] * 6 + [1]
+    assert pairs.margin.tolist() == [0.5] * 6 + [0.0]
+    learned, kept = data.split(pairs, 0.5, torch.Generator().manual_seed(0))
+    assert {len(learned), len(kept)} == {1, 6}  # by prompt
+    with pytest.raises(ValueError, match="row 0: chosen is an empty list"):
+        data.pairs([{"prompt": "1", "chosen": [], "rejected": ["2"]}], policy)

@@ -117,9 +117,10 @@ def check_margins(rows: Sequence[Mapping[str, Any]], pairs: Pairs, run: Run) -> 
     if not any(given):
         raise ValueError(f"margin is demanded (--margin), and none of the {len(rows)} rows has a column `margin`")
     if bool((pairs.margin < 0).any()):
-        row = int((pairs.margin < 0).nonzero()[0])
+        at = int((pairs.margin < 0).nonzero()[0])
         raise ValueError(
-            f"row {row}: margin is {float(pairs.margin[row]):g}; it says how much better the chosen side is, so it is at least 0"
+            f"row {pairs.chosen.prompts[at].row}: margin is {float(pairs.margin[at]):g}; it says how much better the chosen "
+            "side is, so it is at least 0"
         )
     run.note(f"{sum(given)} of {len(rows)} rows have a margin; the others are taken as 0")
 

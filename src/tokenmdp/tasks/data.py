@@ -110,6 +110,9 @@ def stepwise(
 def pairs(rows: Sequence[Mapping[str, Any]], policy: Policy, max_tokens: int | None = None) -> Pairs:
     """A preference a row, both responses ending in the end-of-text token; `margin` where the data has that column.
 
+    A row whose `chosen` or `rejected` lists several texts is as many pairs: each chosen one was preferred to each rejected
+    one. Their prompt is the same, so they stay on one side of a split.
+
     Args:
         max_tokens: longer responses are cut there, and then do not end.
 
@@ -118,14 +121,15 @@ def pairs(rows: Sequence[Mapping[str, Any]], policy: Policy, max_tokens: int | N
     """
     chosen, rejected = _Rows(policy, max_tokens), _Rows(policy, max_tokens)
 
-    def one(row: Mapping[str, Any], index: int) -> float:
-        found = formats.preference(row, index)
-        prompt = policy.prompt(found.prompt, index, found.columns)
-        chosen.add(prompt, found.prompt, found.chosen)
-        rejected.add(prompt, found.prompt, found.rejected)
-        return found.margin
+    def one(row: Mapping[str, Any], index: int) -> list[float]:
+        several = formats.comparisons(row, index)
+        for found in several:
+            prompt = policy.prompt(found.prompt, index, found.columns)
+            chosen.add(prompt, found.prompt, found.chosen)
+            rejected.add(prompt, found.prompt, found.rejected)
+        return [found.margin for found in several]
 
-    margins = _each(rows, one)
+    margins = list(chain.from_iterable(_each(rows, one)))
     return Pairs(chosen.batch(), rejected.batch(), torch.tensor(margins))
 
 
