@@ -1,4 +1,4 @@
-"""Ten minutes on your model, prompts, reward and data before money is spent: what would silently go wrong, measured.
+"""A minute or two on your model, prompts, reward and data before money is spent: what would silently go wrong, measured.
 
 A few responses are sampled and looked at in the ways in which such runs are known to fail without a sign: an end that is
 never learned, a template gone past, sampler and learner of two minds, padding or micro-batches that change the numbers,
