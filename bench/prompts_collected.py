@@ -5,7 +5,7 @@
 DIR holds word problems in {train,valid,test}.jsonl (MAWPS). `--first` is a model cloned on the train problems in the form
 "Question: ... Answer:", such as the one `bench/rlvr.py` leaves in runs/rlvr-sft/sft/model, and is asked in that form; `--second`
 is any instruct model and is asked through its chat template. Each answers 300 problems of valid and test that train does not
-hold, under six prompts, once, and the first hundred of them again; answers are graded as numbers. The share of answers that were
+hold, under six prompts, once, and the first hundred of them (of the second model, which takes long, forty) again; answers are graded as numbers. The share of answers that were
 cut is in the file: a first try with 80 tokens for both cut most of the second model's, so that a prompt was worth what it saved in
 words.
 
@@ -60,7 +60,8 @@ PROMPTS = {
 CRITIC = "Question: {query}\nProposed answer: {answer}\nIs the proposed answer right? Say yes or no.\nVerdict:"
 PROXIES = ("neighbours", "logistic", "boosted", "logistic+boosted")
 CHOICE, FOLDS, SEED = "logistic+boosted", 5, 0
-QUERIES, AGAIN, ROWS = 300, 100, 50
+QUERIES, ROWS = 300, 50
+AGAIN = {"first": 100, "second": 40}  # questions that are asked twice, for the retest
 TOKENS = {"first": 80, "second": 256}  # an instruct model explains at length: at 80 most of its answers were cut
 THRESHOLDS = {
     "pick": "the abstaining pick's reward at or above the best constant's",
@@ -159,7 +160,7 @@ def of_model(run: Run, name: str, path: str, queries: Sequence[Mapping[str, Any]
     """Everything about one model."""
     start = time.monotonic()
     policy = catalog.load(path).freeze()
-    again, tokens = (4, 8) if args.quick else (AGAIN, TOKENS[name])
+    again, tokens = (4, 8) if args.quick else (AGAIN[name], TOKENS[name])
     file = made(run, name, policy, queries, again, tokens, args.quick)
     rows = files.rows(str(file))
     log = logs.read(file)
