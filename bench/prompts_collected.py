@@ -5,9 +5,9 @@
 DIR holds word problems in {train,valid,test}.jsonl (MAWPS). `--first` is a model cloned on the train problems in the form
 "Question: ... Answer:", such as the one `bench/rlvr.py` leaves in runs/rlvr-sft/sft/model, and is asked in that form; `--second`
 is any instruct model and is asked through its chat template. Each answers 300 problems of valid and test that train does not
-hold, under six prompts, once, and the first hundred of them (of the second model, which takes long, forty) again; answers are graded as numbers. The share of answers that were
-cut is in the file: a first try with 80 tokens for both cut most of the second model's, so that a prompt was worth what it saved in
-words.
+hold, under six prompts, once, and the first hundred of them (of the second model, which takes long, forty) again; answers
+are graded as numbers. The share of answers that were cut is in the file: a first try with 80 tokens for both cut most of the
+second model's, so that a prompt was worth what it saved in words.
 
 Choosing before asking, which costs one call a problem: a random prompt, the best constant one, each proxy's pick, the pick that
 abstains, and the oracle. Choosing after asking all six, which costs six or twelve: the answer its model was most confident of
