@@ -112,3 +112,28 @@ def test_diversity_and_length_by_hand() -> None:
     found = judge._distinct(b)
     assert found[0] == 0.5
     assert np.isnan(found[1])
+
+
+# -- another judge ------------------------------------------------------------------------------------------------------
+
+
+def test_a_gain_that_the_other_judge_does_not_see_is_told_of(tmp_path: Path) -> None:
+    """The policy learned to say the liked word; the judge likes another one."""
+
+    def judged_by(name: str, word: int) -> Any:
+        def share(completions: list[str], **_: Any) -> list[float]:
+            return [c.split().count(f"w{word}") / max(1, len(c.split())) for c in completions]
+
+        gold = FunctionReward(share, name="gold")
+        with Run.open(tmp_path / name, config={}, seed=0) as run:
+            start = policy().freeze()
+            wide = replace(task(), held_out=task().train[:40])
+            return judge.held_out(start, better(), gold, wide, SAMPLING, run, proxy=liking())["held_out"]
+
+    found = judged_by("other", LIKED + 1)
+    assert found["judge"] == "gold"
+    assert found["proxy_trained_minus_start"]["low"] > 0 > found["trained_minus_start"]["mean"]
+    assert "warning: liking, which was optimised, rose by" in (tmp_path / "other" / "log.txt").read_text()
+    assert judged_by("same", LIKED)["trained_minus_start"]["low"] > 0
+    assert "which was optimised" not in (tmp_path / "same" / "log.txt").read_text()
+    assert "proxy_trained_minus_start" not in judged(tmp_path / "none", better())

@@ -31,7 +31,13 @@ COLLAPSED = 0.5  # share of the start's distinct-2 below which it is a warning
 
 
 def held_out(
-    start: Policy, trained: Policy, reward: Reward, task: Task, sampling: Sampling, run: Run
+    start: Policy,
+    trained: Policy,
+    reward: Reward,
+    task: Task,
+    sampling: Sampling,
+    run: Run,
+    proxy: Reward | None = None,
 ) -> dict[str, object]:
     """Answer the task's held-out prompts with both policies; the first responses go to samples.jsonl.
 
@@ -40,9 +46,11 @@ def held_out(
     Args:
         reward: what trained the policy, or better one that did not.
         sampling: as in training.
+        proxy: what trained the policy, where `reward` is another.
 
     Returns:
-        `held_out`: the number of prompts, scores of start and trained, their paired difference with its 95 % interval,
+        `held_out`: who judged, the number of prompts, scores of start and trained, their paired difference with its 95 %
+        interval (and that of the proxy),
         the KL in nats a response, the share of clipped responses, and the mean length (tokens) and distinct-2 of both:
         a policy that says one thing to everything has a high score and nothing else. Where the task holds nothing out, or
         no prompt got verdicts, that is said in place of figures.
@@ -65,6 +73,8 @@ def held_out(
     T = sampling.temperature or 1.0
     divergence = in_parts(lambda part: {"kl": trained.kl_to(start, part, T)}, answers[1])["kl"]
     nats = divergence.sum(-1).double().cpu().numpy().reshape(-1, ANSWERS).mean(1)
+    gain = _interval(after[both] - before[both])
+    promised = None if proxy is None else _promised(proxy, reward, answers, gain, run)
     varied = [_distinct(b) for b in answers]
     told = ~(np.isnan(varied[0]) | np.isnan(varied[1]))
     if told.any() and varied[1][told].mean() < COLLAPSED * varied[0][told].mean():
@@ -74,10 +84,12 @@ def held_out(
         )
     return {
         "held_out": {
+            "judge": reward.name,
             "prompts": int(both.sum()),
             "score_start": _interval(before[both]),
             "score_trained": _interval(after[both]),
-            "trained_minus_start": _interval(after[both] - before[both]),
+            "trained_minus_start": gain,
+            **({} if promised is None else {"proxy_trained_minus_start": promised}),
             "kl_nats": _interval(nats),
             "clipped_ratio": float((~answers[1].ended).double().mean()),
             **{
@@ -95,6 +107,23 @@ def held_out(
             ),
         }
     }
+
+
+def _promised(
+    proxy: Reward, reward: Reward, answers: list[Batch], gain: dict[str, float], run: Run
+) -> dict[str, float] | None:
+    """What the reward that was optimised says was gained; where the judge does not see it, that is said."""
+    (before, seen_before), (after, seen_after) = (_by_prompt(proxy(b)) for b in answers)
+    both = seen_before & seen_after
+    if not both.any():
+        return None
+    found = _interval(after[both] - before[both])
+    if found.get("low", 0.0) > 0 and not gain.get("low", 0.0) > 0:
+        run.note(
+            f"warning: {proxy.name}, which was optimised, rose by {found['mean']:.3g} [{found['low']:.3g}, {found['high']:.3g}], and "
+            f"{reward.name} did not significantly ({gain['mean']:+.3g}): what was learned may be what the first overlooks"
+        )
+    return found
 
 
 def _distinct(b: Batch) -> np.ndarray[Any, Any]:

@@ -47,6 +47,7 @@ class Config:
     model: str = "tiny"  # the policy's start
     reward: str = "copying"  # a reward that names the instruction a response satisfies
     task: str = "copying"  # prompts: a task's name, a file or a hub id
+    gold: str = ""  # another reward: recorded in every phase and the judge at the end, never learned from
     steps: int = 40  # rounds of sampling, relabelling and cloning
     prompts: int = 16  # prompts a round
     samples: int = 8  # responses a prompt
@@ -155,7 +156,7 @@ def train(
             metrics["grad_norm"] = sum(m["grad_norm"] for m in learned) / len(learned)
         if gold is not None:
             truth = gold(b)
-            metrics["objective/gold"] = float(truth.value[truth.verdict].mean()) if bool(truth.verdict.any()) else 0.0
+            metrics["objective/gold"] = measures.mean(truth.value, truth.verdict)
         run.log(step, metrics, headline=("objective/scores", "hindsight/kept"))
     return policy, {}
 
@@ -165,7 +166,9 @@ def main(cfg: Config, run: Run) -> dict[str, object]:
     reference = catalog.load(cfg.model).freeze()
     reward = rewards.load(cfg.reward, reference)
     task = tasks.load(cfg.task, reference)
-    policy, figures = train(cfg, reference, reward, task, run)
+    gold = rewards.load(cfg.gold, reference) if cfg.gold else None
+    policy, figures = train(cfg, reference, reward, task, run, gold)
     saved = policy.publish(run.folder / "model")
     sampling = Sampling(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature)
-    return {**figures, **judge.held_out(reference, policy, reward, task, sampling, run), **saved}
+    judged = judge.held_out(reference, policy, gold or reward, task, sampling, run, reward if gold else None)
+    return {**figures, **judged, **saved}

@@ -40,6 +40,7 @@ class Config:
     model: str = "smollm2-135m-instruct"  # the policy's start and its reference: best the SFT model
     reward: str = "sentiment"  # a reward model's folder, a name, file.py:function, or a mixture "0.5*a + b"
     task: str = "sentiment"  # prompts: a task's name, a file or a hub id
+    gold: str = ""  # another reward: recorded in every phase and the judge at the end, never learned from
     loss: str = "sigmoid"  # sigmoid | ipo
     beta: float = 0.1  # β, in units of the implicit reward a nat: how hard the policy is held to the reference
     steps: int = 40  # phases of sampling and learning
@@ -181,7 +182,9 @@ def main(cfg: Config, run: Run) -> dict[str, object]:
     reference = catalog.load(cfg.model).freeze()
     reward = rewards.load(cfg.reward, reference)
     task = tasks.load(cfg.task, reference)
-    policy, figures = train(cfg, reference, reward, task, run)
+    gold = rewards.load(cfg.gold, reference) if cfg.gold else None
+    policy, figures = train(cfg, reference, reward, task, run, gold)
     saved = policy.publish(run.folder / "model")
     sampling = Sampling(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature)
-    return {**figures, **judge.held_out(reference, policy, reward, task, sampling, run), **saved}
+    judged = judge.held_out(reference, policy, gold or reward, task, sampling, run, reward if gold else None)
+    return {**figures, **judged, **saved}

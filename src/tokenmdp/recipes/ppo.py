@@ -49,6 +49,7 @@ class Config:
     )
     reward: str = "sentiment"  # a reward model's folder, a name, file.py:function, or a mixture "0.5*a + b"
     task: str = "sentiment"  # prompts: a task's name, a file or a hub id
+    gold: str = ""  # another reward: recorded in every phase and the judge at the end, never learned from
     steps: int = 40  # phases of sampling and learning
     prompts: int = 16  # prompts a phase
     samples: int = 4  # responses a prompt
@@ -226,10 +227,12 @@ def main(cfg: Config, run: Run) -> dict[str, object]:
     check_vocabularies(start, reference)
     reward = rewards.load(cfg.reward, start)
     task = tasks.load(cfg.task, start)
+    gold = rewards.load(cfg.gold, start) if cfg.gold else None
     # Without a reward model to start from, the critic is a value head of zeros on the start's own body.
     body = start.backbone
     critic = reward.critic(cfg.critic_train) if isinstance(reward, RewardModel) else Critic(body.twin(cfg.critic_train))
-    policy, figures = train(cfg, reference, critic, reward, task, run, start=start if cfg.reference else None)
+    policy, figures = train(cfg, reference, critic, reward, task, run, gold, start if cfg.reference else None)
     saved = policy.publish(run.folder / "model")
     sampling = Sampling(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature)
-    return {**figures, **judge.held_out(start, policy, reward, task, sampling, run), **saved}
+    judged = judge.held_out(start, policy, gold or reward, task, sampling, run, reward if gold else None)
+    return {**figures, **judged, **saved}

@@ -55,6 +55,7 @@ class Config:
     )
     reward: str = "sentiment"  # a reward model's folder, a name, file.py:function, or a mixture "0.5*a + b"
     task: str = "sentiment"  # prompts: a task's name, a file or a hub id
+    gold: str = ""  # another reward: recorded in every phase and the judge at the end, never learned from
     baseline: str = "batch"  # none | batch | leave_one_out | greedy
     steps: int = 80  # phases of sampling and learning, one update each
     prompts: int = 16  # prompts a phase
@@ -194,7 +195,9 @@ def main(cfg: Config, run: Run) -> dict[str, object]:
     check_vocabularies(start, reference)
     reward = rewards.load(cfg.reward, start)
     task = tasks.load(cfg.task, start)
-    policy, figures = train(cfg, reference, reward, task, run, start=start if cfg.reference else None)
+    gold = rewards.load(cfg.gold, start) if cfg.gold else None
+    policy, figures = train(cfg, reference, reward, task, run, gold, start if cfg.reference else None)
     saved = policy.publish(run.folder / "model")
     sampling = Sampling(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature)
-    return {**figures, **judge.held_out(start, policy, reward, task, sampling, run), **saved}
+    judged = judge.held_out(start, policy, gold or reward, task, sampling, run, reward if gold else None)
+    return {**figures, **judged, **saved}
