@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tokenmdp import cli
 from tokenmdp.models import catalog
 from tokenmdp.recipes import best_of_n, ppo, reward_model, sft
 from tokenmdp.rewards.reward_model import RewardModel
@@ -71,3 +72,40 @@ def test_every_stage_takes_what_the_last_one_wrote(files: dict[str, str], tmp_pa
     chosen = run_main(best_of_n, tmp_path / "bon", **small, prompts=3, n=4)
     assert chosen["score_best"] >= chosen["score_mean"]
     assert chosen["prompts"] == 3, "the two that are held out, and one of the others"
+
+
+@pytest.mark.parametrize("verb", ["ppo", "grpo", "reinforce", "raft", "online-dpo", "soft-q"])
+def test_another_judge_by_its_flag(verb: str, tmp_path: Path) -> None:
+    """What is optimised is the length; the task's own verifier looks on, and judges at the end."""
+    (tmp_path / "long.py").write_text("def score(completions, **_):\n    return [len(c) / 10 for c in completions]\n")
+    line = [
+        verb,
+        "--model",
+        "tiny",
+        "--task",
+        "addition",
+        "--reward",
+        f"{tmp_path / 'long.py'}:score",
+        "--gold",
+        "addition",
+    ]
+    line += [
+        "--steps",
+        "2",
+        "--prompts",
+        "4",
+        "--samples",
+        "2",
+        "--max-new-tokens",
+        "4",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    assert cli.dispatch(line) == 0
+    found = json.loads((tmp_path / "run" / "result.json").read_text())["held_out"]
+    assert found["judge"] == "exact_answer"
+    assert found["score_start"]["mean"] <= 1
+    assert "proxy_trained_minus_start" in found
+    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all("objective/gold" in x for x in lines)
+    assert (tmp_path / "run" / "gate.jsonl").exists()
