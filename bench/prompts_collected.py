@@ -11,7 +11,8 @@ second model's, so that a prompt was worth what it saved in words.
 
 Choosing before asking, which costs one call a problem: a random prompt, the best constant one, each proxy's pick, the pick that
 abstains, and the oracle. Choosing after asking all six, which costs six or twelve: the answer its model was most confident of
-(mean log-probability), the one it says is right when asked (self-critic: P(yes) against P(no)), the answer given most often
+(mean log-probability), the one whose number it says is right when asked (self-critic: P(yes) against P(no); shown the number
+alone, for the whole answer would take the 0.5B model an hour to read), the answer given most often
 (self-consistency over prompts). Intervals resample problems, differences are paired.
 
 Thresholds, stated before any run, for each of the two models:
@@ -114,13 +115,19 @@ def criticised(run: Run, name: str, policy: Policy, trials: Sequence[Mapping[str
     with run.progress(len(trials), f"{name}: critic", "answers") as bar:
         for start in range(0, len(trials), ROWS):
             part = trials[start : start + ROWS]
-            texts = [CRITIC.replace("{query}", t["query"]).replace("{answer}", t["response"].strip()) for t in part]
+            texts = [CRITIC.replace("{query}", t["query"]).replace("{answer}", in_short(t["response"])) for t in part]
             asked = [policy.prompt([{"role": "user", "content": x}] if by_chat(name, policy) else x) for x in texts]
             yes, no = policy.next_mass(asked, ways)
             said += (yes / (yes + no).clamp_min(1e-12)).tolist()
             bar.advance(len(part))
     path.write_text(json.dumps(said))
     return said
+
+
+def in_short(response: str) -> str:
+    """The number that a response gives, or its end where it gives none."""
+    said = numerals.answer(response)
+    return response.strip()[-60:] if said is None else numerals.written(said.value) + "%" * said.percent
 
 
 def before(log: Log, quick: bool) -> dict[str, Any]:

@@ -103,3 +103,10 @@ def test_speed(bench: Any, outcomes: Path) -> None:
     found = bench.main(["--quick", "--data", str(outcomes), "--json", str(outcomes / "out.json")])
     assert set(found) == {"fit", "choose", "rows", "_meta"}
     assert all({"ratio", "ours", "peer", "unit", "runs"} <= set(found[name]) for name in ("fit", "choose", "rows"))
+
+
+@pytest.mark.parametrize("bench", ["prompts_collected"], indirect=True)
+def test_the_critic_is_shown_the_number(bench: Any) -> None:
+    assert bench.in_short("3 + 4 = 7, so the answer is 7.0 apples.") == "7"
+    assert bench.in_short("About a quarter, 25%") == "25%"
+    assert bench.in_short(" I do not know." * 9) == ("I do not know. " * 9).strip()[-60:]
