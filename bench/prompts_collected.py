@@ -1,6 +1,6 @@
 """A log of prompts collected here, from two local models, and what choosing among the prompts earns on it.
 
-    python bench/prompts_collected.py --data DIR --first MODEL --second MODEL --json docs/results/prompts_collected.json
+    python bench/prompts_collected.py --data DIR --first FIRST --second SECOND --json docs/results/prompts_collected.json
 
 DIR holds word problems in {train,valid,test}.jsonl (MAWPS). `--first` is a model cloned on the train problems in the form
 "Question: ... Answer:", such as the one `bench/rlvr.py` leaves in runs/rlvr-sft/sft/model, and is asked in that form; `--second`
@@ -29,7 +29,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -165,7 +164,6 @@ def auc_error(log: Log, score: NDArray[np.float64], right: NDArray[np.bool_]) ->
 
 def of_model(run: Run, name: str, path: str, queries: Sequence[Mapping[str, Any]], args: Any) -> dict[str, Any]:
     """Everything about one model."""
-    start = time.monotonic()
     policy = catalog.load(path).freeze()
     again, tokens = (4, 8) if args.quick else (AGAIN[name], TOKENS[name])
     file = made(run, name, policy, queries, again, tokens, args.quick)
@@ -191,7 +189,6 @@ def of_model(run: Run, name: str, path: str, queries: Sequence[Mapping[str, Any]
         "cut": {key: float(np.mean(cut)) for key, cut in cuts.items()},
         **found,
         "after_asking_all": asked,
-        "minutes": (time.monotonic() - start) / 60,
     }
 
 
@@ -240,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         ),
     }
     line = common.command()
-    for path, word in ((str(args.data), "DIR"), (args.second, "MODEL")):
+    for path, word in ((str(args.data), "DIR"), (args.first, "FIRST"), (args.second, "SECOND")):
         line = line.replace(path, word)
     results = {
         "command": line,
