@@ -127,3 +127,51 @@ def test_a_published_split_that_leaks_is_stopped(tmp_path: Path) -> None:
     cfg = evaluate.Config(trials=str(tmp_path / "t.jsonl"), proxies="constant", choice="neighbours", published=True)
     with Run.open(tmp_path / "run", {}, 0) as run, pytest.raises(ValueError, match="of the 60 held-out queries repeat"):
         evaluate.main(cfg, run)
+
+
+def judged_log(
+    folder: Path, rows: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> tuple[dict[str, Any], str, str]:
+    """What evaluate says of a log: its summary, what it printed, and its page."""
+    (folder / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cfg = evaluate.Config(trials=str(folder / "t.jsonl"), proxies="constant", choice="logistic", folds=3)
+    with Run.open(folder / "run", {}, 0) as run:
+        evaluate.main(cfg, run)
+    summary = json.loads((folder / "run/summary.json").read_text())
+    return summary, capsys.readouterr().out, (folder / "run/report.html").read_text()
+
+
+def test_a_log_with_answers_says_what_asking_all_would_earn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Three prompts; the second is surest where it is wrong, and the third says what the first says."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(60):
+        for p, right in enumerate((rng.random() < 0.6, rng.random() < 0.3)):
+            said = i if right else 1000 + i
+            trial = {"query": f"What is {i} + 0?", "prompt_id": "ab"[p], "response": str(said), "reward": float(right)}
+            rows.append({**trial, "confidence": -0.1 if p and not right else -0.5})
+        rows.append({**rows[-2], "prompt_id": "c"})
+    summary, said, page = judged_log(tmp_path, rows, capsys)
+    assert summary["choices"]["vote"]["calls"] == 3
+    assert summary["choices"]["vote"]["reward"]["mean"] == pytest.approx(
+        np.mean([row["reward"] for row in rows if row["prompt_id"] == "a"])
+    )
+    assert summary["choices"]["confidence"]["reward"]["mean"] < summary["choices"]["vote"]["reward"]["mean"]
+    assert "confidence" in said
+    assert "vote" in page
+
+
+def test_estimates_come_with_what_the_log_is_worth(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(400):
+        p = int(rng.random() < 0.5)
+        word = ("cat", "saw")[i % 2]
+        reward = float(rng.random() < (0.8 if p == i % 2 else 0.2))
+        rows.append({"query": f"the {word} number {i}", "prompt_id": "ab"[p], "reward": reward, "propensity": 0.5})
+    summary, said, page = judged_log(tmp_path, rows, capsys)
+    worth = summary["choices"]["logistic"]["overlap"]
+    assert 150 < worth["effective"] < 250
+    assert worth["trials"] == 400
+    assert "worth, trials" in said
+    assert "largest weight" in page

@@ -4,7 +4,8 @@
 2. prediction  each proxy's accuracy, precision, AUC pooled and within prompts, calibration, beside the retest ceiling
 3. choice      reward of random, best constant (of the training part), each proxy's pick, the pick that abstains, and
                the oracle (in hindsight the best, so where answers vary by chance, part of it is luck), paired by query, with
-               intervals that resample questions; where the log tried only part of the prompts, estimated off-policy, with
+               intervals that resample questions; where the log has responses, also what it earns to ask every prompt and
+               keep the surest answer, or the one given most often; where it tried only part of the prompts, estimated off-policy, with
                what the log is worth for each policy (effective trials) and the share of it that was never tried
 """
 
@@ -82,6 +83,7 @@ def evaluate(cfg: Config, log: logs.Log, run: Run) -> dict[str, Any]:
     picks = {name: choose.best(value) for name, value in values.items() if name != "constant"}
     picks["abstaining"] = judged.abstaining(held, values[cfg.choice], constant, cfg.inner, run.seed)
     earned = judged.choices(held, picks, constant, run.seed, values[cfg.choice])
+    earned |= judged.after_asking(held, constant, run.seed)
     pick = picks.get(cfg.choice, constant)
     return {
         "kind": "prompts",
