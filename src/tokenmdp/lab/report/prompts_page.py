@@ -39,6 +39,7 @@ def sections(summary: Figures) -> dict[str, Any]:
         "clusters": [(r.get("id"), count(number(r.get("queries"))), r.get("text")) for r in summary.rows("by_cluster")],
         "predicted": list(predicted(summary)),
         "overlap": list(overlap(summary)),
+        "asked_all": "vote" in summary.mapping("choices") or "confidence" in summary.mapping("choices"),
         "changed": summary.rows("changed"),
     }
 
