@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from tokenmdp.models import embedding
 from tokenmdp.models.embedding_cache import Cache, embedded
-from tokenmdp.prompting.features import Embed
+from tokenmdp.prompting.features import Embed, Features, Learn
 
 
 def embedder(name: str, cache: Path | None = None) -> Embed:
@@ -26,3 +26,17 @@ def embedder(name: str, cache: Path | None = None) -> Embed:
         return np.asarray(embedded(model, list(texts), kept).float().numpy(), dtype=np.float32)
 
     return embed
+
+
+def learn(name: str, components: int, cache: Path) -> Learn:
+    """How the queries' features are learned: words and sizes, and meanings where a sentence model is named.
+
+    Args:
+        name: minilm, a folder or a hub id; empty for none.
+        components: singular vectors kept of the words, and of the embeddings.
+        cache: where embeddings are kept.
+    """
+    if not name:
+        return lambda texts: Features(components=components).fit(texts)
+    embed = embedder(name, cache)
+    return lambda texts: Features(("tfidf", "surface", "embedding"), components, embed).fit(texts)

@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from tokenmdp.lab import report
-from tokenmdp.prompting import choose, judged, leaks, shown, stacked
+from tokenmdp.prompting import choose, judged, leaks, sentences, shown, stacked
 from tokenmdp.prompting import log as logs
-from tokenmdp.prompting.features import Features, Once
+from tokenmdp.prompting.features import Once
 from tokenmdp.run import Run
 
 
@@ -36,7 +36,8 @@ class Config:
     choice: str = "logistic+boosted"  # the proxy whose pick abstains; + stacks
     folds: int = 5  # of the questions; each is held out once
     inner: int = 4  # folds within, to weigh what is stacked and to measure the gain that abstaining goes by
-    components: int = 64  # singular vectors kept of the queries' words
+    sentences: str = ""  # a sentence model for the queries: minilm, a folder or a hub id; empty for none
+    components: int = 64  # singular vectors kept of the queries' words, and of their embeddings
     published: bool = False  # split as the log's own `split` column says, not by question
     allow_leak: bool = False  # go on although held-out queries repeat others
 
@@ -68,7 +69,8 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
 
 def evaluate(cfg: Config, log: logs.Log, run: Run) -> dict[str, Any]:
     """The figures of a log."""
-    once = Once(lambda texts: Features(components=cfg.components).fit(texts), kept=cfg.folds * (cfg.inner + 1))
+    learn = sentences.learn(cfg.sentences, cfg.components, run.folder / "embeddings")
+    once = Once(learn, kept=cfg.folds * (cfg.inner + 1))
     makers = {name: stacked.named(name, once, cfg.inner, run.seed) for name in names_of(cfg)}
     repeated = 1 - len(np.unique(leaks.groups(log.queries))) / len(log.queries)
     run.note(

@@ -10,7 +10,6 @@ from typing import Any
 from tokenmdp.prompting import log as logs
 from tokenmdp.prompting import sentences, stacked, stored
 from tokenmdp.prompting.choose import Chooser
-from tokenmdp.prompting.features import Features, Learn
 from tokenmdp.run import Run
 
 
@@ -38,7 +37,7 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
         run.note(warning)
     if cfg.price and log.cost is None:
         raise ValueError(f"price is {cfg.price}, but {cfg.trials} has no column cost: leave --price out")
-    learn = features(cfg.sentences, cfg.components, run.folder / "embeddings")
+    learn = sentences.learn(cfg.sentences, cfg.components, run.folder / "embeddings")
     count = cfg.proxy.count("+") + 1
     with run.progress(count * (cfg.folds + 1) if count > 1 else 0, "fit", "proxies") as bar:
         make = stacked.named(cfg.proxy, learn, cfg.folds, run.seed, bar.advance)
@@ -76,11 +75,3 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
         "abstains": chooser.abstains,
         "model": str(run.folder / "model"),
     }
-
-
-def features(name: str, components: int, cache: Path) -> Learn:
-    """The queries' features: words and sizes, and meanings where a sentence model is named."""
-    if not name:
-        return lambda texts: Features(components=components).fit(texts)
-    embed = sentences.embedder(name, cache)
-    return lambda texts: Features(("tfidf", "surface", "embedding"), components, embed).fit(texts)
