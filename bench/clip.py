@@ -26,7 +26,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from rich.table import Table
 
 import common
 from tokenmdp import config
-from tokenmdp.lab import compare, ranking, workers
+from tokenmdp.lab import compare, ranking
 from tokenmdp.lab.report.ink import canvas, colour, fixed_ticks, label_axes, sheet, svg, whisker
 from tokenmdp.lab.solvers import Metered
 from tokenmdp.models.heads import Critic
@@ -183,24 +183,9 @@ def picture(results: Mapping[str, Any]) -> str:
     return sheet([charts], width, height)
 
 
-def conduct(lab: compare.Lab, orders: Sequence[list[Any]], count: int, folder: Path) -> None:
-    """Do what is not done yet, in `count` processes."""
-    line = [sys.executable, str(Path(__file__).resolve()), "--worker", str(folder)]
-
-    def said(found: Mapping[str, Any]) -> str:
-        return f"{found['final']:.3f}, largest KL {found['kl_largest']:.3g} {found['failure']}"
-
-    workers.conduct(lab.run, "clip", orders, lambda o: name_of(*o), lambda o: trial(lab, *o), line, count, said)
-
-
-def worker(folder: Path) -> None:
-    """Be one of the processes that share the runs in `folder`."""
-
-    def hired() -> Callable[[Any], Any]:
-        lab = compare.joined(folder)
-        return lambda order: trial(lab, *order)
-
-    workers.serve(hired)
+def said(found: Mapping[str, Any]) -> str:
+    """A run that has ended in a few words."""
+    return f"{found['final']:.3f}, largest KL {found['kl_largest']:.3g} {found['failure']}"
 
 
 def show(results: Mapping[str, Any]) -> None:
@@ -236,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     out.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args: argparse.Namespace = out.parse_args(argv)
     if args.worker:
-        worker(args.worker)
+        common.work(args.worker, trial)
         return {}
     seeds, rates = (2, (STATED,)) if args.quick else (args.seeds, RATES)
     folder = args.runs / f"clip{'-quick' * args.quick}"
@@ -246,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     with Run.open(folder, config.plain(cfg), 0, resume=not again, overwrite=again) as run:
         lab = compare.Lab(cfg, run)
         orders = [[clip, rate, seed] for seed in range(seeds) for rate in rates for clip in CLIPS]
-        conduct(lab, orders, 1 if args.quick else args.workers, folder)
+        common.conduct(lab, "clip", orders, name_of, trial, 1 if args.quick else args.workers, __file__, said)
         found = {
             f"{rate:g}": {f"{clip:g}": [trial(lab, clip, rate, s) for s in range(seeds)] for clip in CLIPS}
             for rate in rates

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from tokenmdp.lab import compare, workers
 from tokenmdp.models.backbone import bfloat16_units, compute_dtype
 from tokenmdp.models.policy import Policy
 
@@ -142,6 +143,31 @@ def meta(policy: Policy, runs: int) -> dict[str, Any]:
         "model": policy.name,
         "runs": runs,
     }
+
+
+def conduct(
+    lab: compare.Lab,
+    title: str,
+    orders: Sequence[Sequence[Any]],
+    name: Callable[..., str],
+    trial: Callable[..., dict[str, Any]],
+    count: int,
+    file: str,
+    said: Callable[[Any], str],
+) -> None:
+    """Do what is not done yet of a lab's trials, `trial(lab, *order)` each, in `count` processes that run `file`."""
+    line = [sys.executable, str(Path(file).resolve()), "--worker", str(lab.run.folder)]
+    workers.conduct(lab.run, title, orders, lambda o: name(*o), lambda o: trial(lab, *o), line, count, said)
+
+
+def work(folder: Path, trial: Callable[..., dict[str, Any]]) -> None:
+    """Be one of the processes that share the trials of the lab in `folder`."""
+
+    def hired() -> Callable[[Any], Any]:
+        lab = compare.joined(folder)
+        return lambda order: trial(lab, *order)
+
+    workers.serve(hired)
 
 
 def command() -> str:

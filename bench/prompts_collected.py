@@ -168,7 +168,7 @@ def of_model(run: Run, name: str, path: str, queries: Sequence[Mapping[str, Any]
     again, tokens = (4, 8) if args.quick else (AGAIN[name], TOKENS[name])
     file = made(run, name, policy, queries, again, tokens, args.quick)
     rows = files.rows(str(file))
-    log = logs.read(file)
+    log = logs.read(file, answers=True)
     first = [row for row in rows if row["repeat"] == 0]
     critic = np.full(len(log), np.nan)  # of first tries; trials are in the order of the file
     critic[log.repeat == 0] = criticised(run, name, policy, first)

@@ -33,7 +33,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ from scipy import stats as scipy_stats
 
 import common
 from tokenmdp import config, stats
-from tokenmdp.lab import compare, workers
+from tokenmdp.lab import compare
 from tokenmdp.lab.solvers import Metered
 from tokenmdp.recipes import grpo, soft_q
 from tokenmdp.run import Run
@@ -198,24 +198,9 @@ def settings(quick: bool) -> compare.Config:
     return compare.Config(**({"budget_tokens": 2000, "warm_steps": 100, "held_out": 40, "answers": 2} if quick else {}))
 
 
-def conduct(lab: compare.Lab, orders: Sequence[list[Any]], count: int, folder: Path) -> None:
-    """Do what is not done yet, in `count` processes."""
-    line = [sys.executable, str(Path(__file__).resolve()), "--worker", str(folder)]
-
-    def said(found: Mapping[str, Any]) -> str:
-        return f"{found['final']:.3f} {found['failure']}"
-
-    workers.conduct(lab.run, "staleness", orders, lambda o: name_of(*o), lambda o: trial(lab, *o), line, count, said)
-
-
-def worker(folder: Path) -> None:
-    """Be one of the processes that share the runs in `folder`."""
-
-    def hired() -> Callable[[Any], Any]:
-        lab = compare.joined(folder)
-        return lambda order: trial(lab, *order)
-
-    workers.serve(hired)
+def said(found: Mapping[str, Any]) -> str:
+    """A run that has ended in a few words."""
+    return f"{found['final']:.3f} {found['failure']}"
 
 
 def show(cells: Mapping[str, Mapping[str, Mapping[str, Any]]], words: Sequence[str]) -> None:
@@ -245,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     out.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args: argparse.Namespace = out.parse_args(argv)
     if args.worker:
-        worker(args.worker)
+        common.work(args.worker, trial)
         return {}
     seeds = 1 if args.quick else args.seeds
     folder = args.runs / f"staleness{'-quick' * args.quick}"
@@ -254,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     with Run.open(folder, config.plain(cfg), 0, resume=not again, overwrite=again) as run:
         lab = compare.Lab(cfg, run)
         orders = [[arm, level, seed] for seed in range(seeds) for arm in ARMS for level in LEVELS]
-        conduct(lab, orders, 1 if args.quick else args.workers, folder)
+        common.conduct(lab, "staleness", orders, name_of, trial, 1 if args.quick else args.workers, __file__, said)
         cells = {
             arm: {level: cell([trial(lab, arm, level, s) for s in range(seeds)]) for level in LEVELS} for arm in ARMS
         }

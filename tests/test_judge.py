@@ -128,7 +128,7 @@ def test_a_gain_that_the_other_judge_does_not_see_is_told_of(tmp_path: Path) -> 
         with Run.open(tmp_path / name, config={}, seed=0) as run:
             start = policy().freeze()
             wide = replace(task(), held_out=task().train[:40])
-            return judge.held_out(start, better(), gold, wide, SAMPLING, run, proxy=liking())["held_out"]
+            return judge.held_out(start, better(), liking(), wide, SAMPLING, run, gold)["held_out"]
 
     found = judged_by("other", LIKED + 1)
     assert found["judge"] == "gold"

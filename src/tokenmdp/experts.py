@@ -28,6 +28,7 @@ from torch import Tensor
 from tokenmdp import mdp
 from tokenmdp.functional.imitation import Measure
 from tokenmdp.ledger import Ledger, Overdrawn
+from tokenmdp.models import catalog
 from tokenmdp.models.parts import in_parts
 from tokenmdp.models.policy import Policy
 from tokenmdp.types import Batch, Prompt, stacked
@@ -119,6 +120,19 @@ def check_vocabularies(student: Policy, teacher: Policy) -> None:
         "Token for token they cannot be compared: take two with one tokenizer; a teacher may also write demonstrations as "
         "text, to be cloned with `sft`"
     )
+
+
+def reference(name: str, start: Policy) -> Policy:
+    """The frozen model called `name` that a policy's KL is measured to; the start itself where no name is given.
+
+    Raises:
+        ValueError: there is no such model, or its tokens are not the start's.
+    """
+    if not name:
+        return start
+    other = catalog.load(name).freeze()
+    check_vocabularies(start, other)
+    return other
 
 
 class Worked:

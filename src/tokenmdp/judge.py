@@ -12,11 +12,11 @@ prompt.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from tokenmdp import stats
 from tokenmdp.models.parts import in_parts
@@ -37,23 +37,22 @@ def held_out(
     task: Task,
     sampling: Sampling,
     run: Run,
-    proxy: Reward | None = None,
+    gold: Reward | None = None,
 ) -> dict[str, object]:
     """Answer the task's held-out prompts with both policies; the first responses go to samples.jsonl.
 
     At most 64 prompts are asked, with 4 responses each. A prompt counts if each policy got a verdict on it.
 
     Args:
-        reward: what trained the policy, or better one that did not.
+        reward: what trained the policy; it judges where nobody else does.
         sampling: as in training.
-        proxy: what trained the policy, where `reward` is another.
+        gold: a judge that nothing was trained on.
 
     Returns:
         `held_out`: who judged, the number of prompts, scores of start and trained, their paired difference with its 95 %
-        interval (and that of the proxy),
-        the KL in nats a response, the share of clipped responses, and the mean length (tokens) and distinct-2 of both:
-        a policy that says one thing to everything has a high score and nothing else. Where the task holds nothing out, or
-        no prompt got verdicts, that is said in place of figures.
+        interval (and, where gold judged, that of the reward), the KL in nats a response, the share of clipped responses,
+        and the mean length (tokens) and distinct-2 of both: a policy that says one thing to everything has a high score
+        and nothing else. Where the task holds nothing out, or no prompt got verdicts, that is said in place of figures.
     """
     prompts = list(task.held_out)[:PROMPTS]
     if start.fingerprint() == trained.fingerprint():
@@ -62,19 +61,19 @@ def held_out(
         return {"held_out": f"the task {task.name} holds no prompts out: nothing to judge on"}
     with run.progress(2 * ANSWERS * len(prompts), "judging on held-out prompts", "responses") as bar:
         answers = [policy.sample(prompts, ANSWERS, sampling, run.rng, bar.advance) for policy in (start, trained)]
-    scores = [reward(b) for b in answers]
+    by = gold or reward
+    scores = [by(b) for b in answers]
     for arm, b, score in zip(("start", "trained"), answers, scores, strict=True):
         for row in range(0, min(len(b), SHOWN * ANSWERS), ANSWERS):
             run.sample(b, row, arm, proxy=score.at(row))
-    (before, seen_before), (after, seen_after) = (_by_prompt(score) for score in scores)
-    both = seen_before & seen_after
-    if not both.any():
-        return {"held_out": f"{reward.name} gave no verdict on any of the {len(prompts)} held-out prompts"}
+    before, after = _paired(scores)
+    if not len(before):
+        return {"held_out": f"{by.name} gave no verdict on any of the {len(prompts)} held-out prompts"}
     T = sampling.temperature or 1.0
     divergence = in_parts(lambda part: {"kl": trained.kl_to(start, part, T)}, answers[1])["kl"]
     nats = divergence.sum(-1).double().cpu().numpy().reshape(-1, ANSWERS).mean(1)
-    gain = _interval(after[both] - before[both])
-    promised = None if proxy is None else _promised(proxy, reward, answers, gain, run)
+    gain = _interval(after - before)
+    promised = None if gold is None else _promised(reward, gold, answers, gain, run)
     varied = [_distinct(b) for b in answers]
     told = ~(np.isnan(varied[0]) | np.isnan(varied[1]))
     if told.any() and varied[1][told].mean() < COLLAPSED * varied[0][told].mean():
@@ -84,10 +83,10 @@ def held_out(
         )
     return {
         "held_out": {
-            "judge": reward.name,
-            "prompts": int(both.sum()),
-            "score_start": _interval(before[both]),
-            "score_trained": _interval(after[both]),
+            "judge": by.name,
+            "prompts": len(before),
+            "score_start": _interval(before),
+            "score_trained": _interval(after),
             "trained_minus_start": gain,
             **({} if promised is None else {"proxy_trained_minus_start": promised}),
             "kl_nats": _interval(nats),
@@ -110,18 +109,17 @@ def held_out(
 
 
 def _promised(
-    proxy: Reward, reward: Reward, answers: list[Batch], gain: dict[str, float], run: Run
+    reward: Reward, gold: Reward, answers: list[Batch], gain: dict[str, float], run: Run
 ) -> dict[str, float] | None:
-    """What the reward that was optimised says was gained; where the judge does not see it, that is said."""
-    (before, seen_before), (after, seen_after) = (_by_prompt(proxy(b)) for b in answers)
-    both = seen_before & seen_after
-    if not both.any():
+    """What the reward that was optimised says was gained; where gold does not see it, that is said."""
+    before, after = _paired([reward(b) for b in answers])
+    if not len(before):
         return None
-    found = _interval(after[both] - before[both])
+    found = _interval(after - before)
     if found.get("low", 0.0) > 0 and not gain.get("low", 0.0) > 0:
         run.note(
-            f"warning: {proxy.name}, which was optimised, rose by {found['mean']:.3g} [{found['low']:.3g}, {found['high']:.3g}], and "
-            f"{reward.name} did not significantly ({gain['mean']:+.3g}): what was learned may be what the first overlooks"
+            f"warning: {reward.name}, which was optimised, rose by {found['mean']:.3g} [{found['low']:.3g}, {found['high']:.3g}], and "
+            f"{gold.name} did not significantly ({gain['mean']:+.3g}): what was learned may be what the first overlooks"
         )
     return found
 
@@ -144,12 +142,17 @@ def _interval(values: np.ndarray[Any, Any]) -> dict[str, float]:
     return stats.bootstrap_mean(values)._asdict()
 
 
-def _by_prompt(score: Score) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """The mean score of each prompt's responses, over those with a verdict, and which prompts have any."""
+def _paired(scores: Sequence[Score]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """The mean scores before and after, of the prompts that got a verdict both times."""
+    before, after = (by_prompt(score, ANSWERS) for score in scores)
+    both = ~(np.isnan(before) | np.isnan(after))
+    return before[both], after[both]
 
-    def shaped(x: Tensor) -> Tensor:
-        return x.double().cpu().view(-1, ANSWERS)
 
-    count = shaped(score.verdict).sum(1)
-    total = shaped(torch.where(score.verdict, score.value, torch.zeros_like(score.value))).sum(1)
-    return (total / count.clamp(min=1)).numpy(), (count > 0).numpy()
+def by_prompt(score: Score, answers: int) -> np.ndarray[Any, Any]:
+    """[P] the mean score of each prompt's `answers` responses, over those with a verdict; NaN where none has one: no
+    verdict is no score.
+    """
+    kept = score.verdict.cpu().view(-1, answers)
+    value = score.value.double().cpu().view(-1, answers)
+    return np.asarray((torch.where(kept, value, 0.0).sum(-1) / kept.sum(-1)).numpy())

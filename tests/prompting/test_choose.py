@@ -340,7 +340,7 @@ def test_after_asking_all_by_hand(tmp_path: Path) -> None:
     rows.append({**rows[0], "repeat": 1, "reward": 0.0, "response": "9"})  # a second try does not count either
     file = tmp_path / "log.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    log = logs.read(file)
+    log = logs.read(file, answers=True)
     critic = np.array([0.2, 0.1, 0.3, 0.1, 0.9, 0.2, 0.1, 0.2, 0.3, 0.5, 0.5])
     found = judged.after_asking(log, np.zeros(4, dtype=np.int64), scores={"critic": critic})
     means = {name: row["reward"]["mean"] for name, row in found.items()}
@@ -350,5 +350,5 @@ def test_after_asking_all_by_hand(tmp_path: Path) -> None:
     again = tmp_path / "again.jsonl"
     logs.write(log, again)
     assert np.array_equal(logs.read(again).confidence, log.confidence)
-    assert logs.read(again).answer is None  # without responses nobody knows what was said
+    assert logs.read(again, answers=True).answer is None  # without responses nobody knows what was said
     assert list(judged.after_asking(logs.read(again), np.zeros(4, dtype=np.int64))) == ["confidence"]

@@ -194,7 +194,7 @@ def path_taken(p: Patient) -> Finding:
 
 def sampler_and_learner(p: Patient) -> Iterator[Finding]:
     """Sampler and learner say the same of the same tokens, at two temperatures."""
-    limit = gate.ROUNDING.get(p.compute, gate.ROUNDING["bfloat16"])
+    limit = gate.explained(gate.ROUNDING, p.compute)
     cooler = Sampling(p.sampling.max_new_tokens, temperature=0.7)
     again = p.policy.sample(p.prompts[:FEW], 2, cooler, torch.Generator().manual_seed(1))
     for b, temperature in ((p.sampled, 1.0), (again, 0.7)):
@@ -212,7 +212,7 @@ def start_is_reference(p: Patient) -> Finding:
     """A policy that starts as its reference has a KL of exactly 0 to it."""
     b = p.sampled.select(range(min(FEW, len(p.sampled))))
     gap = float((logp_of(p.policy.twin(p.train), b) - logp_of(p.policy, b)).abs().max())
-    limit = gate.ROUNDING.get(p.compute, gate.ROUNDING["bfloat16"])
+    limit = gate.explained(gate.ROUNDING, p.compute)
     says = f"before the first update the policy that would train ({p.train}) is its reference {p.policy.fingerprint()}"
     return Finding("KL to the reference at the start", within(gap, limit), f"{gap:.2g} nats", says)
 
@@ -228,7 +228,7 @@ def neighbours(p: Patient) -> Finding:
         own = logp_of(p.policy, alone)[0]
         gaps.append((own - together[i, : own.shape[0]])[b.action[i, : own.shape[0]]].abs())
     mean, most = float(torch.cat(gaps).mean()), max(float(g.max()) for g in gaps if len(g))
-    limit = gate.ROUNDING.get(p.compute, gate.ROUNDING["bfloat16"])
+    limit = gate.explained(gate.ROUNDING, p.compute)
     says = f"{len(b)} rows of up to {L} tokens: padded together, in another order, and each alone"
     return Finding("padding and neighbours", within(mean, limit), f"{mean:.2g} nats, {most:.2g} at most", says)
 
@@ -246,7 +246,7 @@ def micro_batches(p: Patient) -> Finding:
         Learner(student, 1e-5, tokens=tokens).gradient(loss, b, weights.per_token(b.action))
         found.append(gradient(student))
     gap = float((found[0] - found[1]).norm() / found[0].norm().clamp_min(1e-30))
-    limit = GRADIENT.get(p.compute, GRADIENT["bfloat16"])
+    limit = gate.explained(GRADIENT, p.compute)
     says = (
         f"the gradient of {len(b)} responses at once and of one at a time; rounding in {p.compute} explains {limit:g}"
     )

@@ -28,7 +28,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from tokenmdp import config, rewards, tasks
+from tokenmdp import config, judge, rewards, tasks
 from tokenmdp.functional import measures
 from tokenmdp.lab import ranking, report, solvers, workers
 from tokenmdp.lab.solvers import BASELINES, Answers, Given
@@ -223,12 +223,9 @@ class Lab:
         rng = torch.Generator().manual_seed(1_000_003 * self.run.seed + seed)  # the same for all solvers of a seed
         b = answers.sample(prompts, cfg.answers, Sampling(cfg.max_new_tokens), rng)
         score = self.judge(b)
-        kept = score.verdict.view(len(prompts), -1)
-        value = score.value.double().view(len(prompts), -1)
-        means = torch.where(kept, value, 0.0).sum(-1) / kept.sum(-1)  # 0/0 is NaN: no verdict is no score
         out: dict[str, Any] = {
-            "scores": [None if math.isnan(x) else round(x, 6) for x in means.tolist()],
-            "no_verdict": int((~kept).sum()),
+            "scores": [None if math.isnan(x) else round(x, 6) for x in judge.by_prompt(score, cfg.answers).tolist()],
+            "no_verdict": int((~score.verdict).sum()),
         }
         if isinstance(answers, Policy):
             greedy = answers.sample(prompts, 1, Sampling(cfg.max_new_tokens, temperature=0.0), rng)

@@ -424,9 +424,7 @@ def objection(policy: Policy) -> str:
                     token = torch.tensor([[f[t]] for f in following], device=policy.device)
                     seen.append(policy.project(_step(policy, token, position[:, None], slab)[:, -1]).float())
                     slab.column, position = slab.column + 1, position + 1
-    except (
-        Exception
-    ) as fault:  # whatever a model's code raises with its attention or cache exchanged; `slow` needs neither
+    except Exception as fault:  # whatever a model's code raises when these are exchanged; `slow` needs neither
         return f"with its attention exchanged it raises {fault!r:.160}"
     ours = torch.stack(seen, dim=1)
     for b, prefix in enumerate(prefixes):

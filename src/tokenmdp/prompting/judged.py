@@ -222,9 +222,8 @@ def after_asking(
     }
     if log.answer is not None:
         kept = [choose.vote([None if a < 0 else a for a in said]) for said in log.answer[trial].tolist()]
-        voted = (
-            np.array([-2 if k is None else k for k in kept])[:, None] == log.answer[trial]
-        )  # nobody's answer is wrong
+        # Where nobody gave a number, nothing was voted for, and that is wrong.
+        voted = np.array([-2 if k is None else k for k in kept])[:, None] == log.answer[trial]
         earned["vote"] = np.where(voted.any(1), reward[rows, voted.argmax(1)], 0.0)
     return {
         name: {

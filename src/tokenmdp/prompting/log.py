@@ -44,8 +44,8 @@ class Log:
         cost: [N] what the trial cost, in the log's own unit, where it is known.
         ended: [N] 1 where the answer ended by itself, 0 where it was cut, NaN where the log does not say.
         confidence: [N] the mean log-probability of the answer's tokens, nats; NaN where the log does not say.
-        answer: [N] which number the response gave: trials with equal ones said the same; −1 where it gave none, or the log
-            keeps no responses.
+        answer: [N] which number the response gave: trials with equal ones said the same; −1 where it gave none. None
+            where they were not asked for, or the log keeps no responses.
         part: [N] which of `parts` a trial is in by the log's own account.
         parts: the names of these, such as train and test; `""` where the log says nothing.
         facts: what was noticed while reading.
@@ -152,7 +152,9 @@ class Log:
         return np.unique(self.query)
 
 
-def read(source: str | Path, prompts: str | Path | None = None, model: str = "", only: str = "") -> Log:
+def read(
+    source: str | Path, prompts: str | Path | None = None, model: str = "", only: str = "", answers: bool = False
+) -> Log:
     """Read a log, a row at a time.
 
     Args:
@@ -160,6 +162,7 @@ def read(source: str | Path, prompts: str | Path | None = None, model: str = "",
         prompts: a file with prompt_id and prompt, for logs that name prompts without their texts.
         model: whose trials to take, of a log of several models.
         only: ids of the prompts whose trials to take, with commas between; empty for all.
+        answers: read the numbers that responses give, too, for those who vote: it takes longer than all the rest.
 
     Raises:
         ValueError: what `Builder.add` and `Builder.build` raise, with the row's number; no trial of that model; no such
@@ -174,7 +177,7 @@ def read(source: str | Path, prompts: str | Path | None = None, model: str = "",
             if texts.setdefault(name, str(row["prompt"])) != str(row["prompt"]):
                 raise ValueError(f"{prompts}: the prompt_id {name!r} stands for two texts")
     path = Path(source).expanduser()
-    builder = Builder(texts, model)
+    builder = Builder(texts, model, answers)
     for number, row in enumerate(champ.rows(path) if champ.recognised(path) else files.stream(source), 1):
         builder.add(row, f"{source}, row {number}")
     log = builder.build(str(source))
@@ -199,10 +202,11 @@ class Builder:
     Args:
         texts: of prompts that rows only name.
         model: whose trials to take; "" where they are all of one.
+        read_answers: read the numbers that responses give.
     """
 
-    def __init__(self, texts: Mapping[str, str] | None = None, model: str = "") -> None:
-        self.texts, self.model = dict(texts or {}), model
+    def __init__(self, texts: Mapping[str, str] | None = None, model: str = "", read_answers: bool = False) -> None:
+        self.texts, self.model, self.read_answers = dict(texts or {}), model, read_answers
         self.models: dict[str, int] = {}
         self.queries: dict[str, int] = {}
         self.query_texts: list[str] = []
@@ -262,7 +266,8 @@ class Builder:
         self.columns["ended"].append(_yes(row.get("ended"), "ended", where))
         sure = row.get("confidence")
         self.columns["confidence"].append(math.nan if sure in (None, "") else _number(sure, "confidence", where))
-        said = numerals.answer(row["response"]) if isinstance(row.get("response"), str) else None
+        response = row.get("response") if self.read_answers else None
+        said = numerals.answer(response) if isinstance(response, str) else None
         self.columns["answer"].append(-1 if said is None else self.answers.setdefault(str(said), len(self.answers)))
         propensity = self.columns["propensity"][-1]
         if not (math.isnan(propensity) or 0 < propensity <= 1):

@@ -157,5 +157,5 @@ def main(cfg: Config, run: Run) -> dict[str, object]:
     policy, figures = train(cfg, reference, reward, task, run, gold)
     saved = policy.publish(run.folder / "model")
     sampling = Sampling(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature)
-    judged = judge.held_out(reference, policy, gold or reward, task, sampling, run, reward if gold else None)
+    judged = judge.held_out(reference, policy, reward, task, sampling, run, gold)
     return {**figures, **judged, **saved}

@@ -26,8 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenmdp import gate, judge, rewards, tasks
-from tokenmdp.experts import check_vocabularies
+from tokenmdp import experts, gate, judge, rewards, tasks
 from tokenmdp.functional import kl, measures, policy_loss, returns, weights
 from tokenmdp.learner import Learner
 from tokenmdp.models import catalog
@@ -191,13 +190,12 @@ def train(
 def main(cfg: Config, run: Run) -> dict[str, object]:
     """Load the reference, the reward and the prompts, train, save the policy to `model/` in the run folder."""
     start = catalog.load(cfg.model).freeze()
-    reference = catalog.load(cfg.reference).freeze() if cfg.reference else start
-    check_vocabularies(start, reference)
+    reference = experts.reference(cfg.reference, start)
     reward = rewards.load(cfg.reward, start)
     task = tasks.load(cfg.task, start)
     gold = rewards.load(cfg.gold, start) if cfg.gold else None
     policy, figures = train(cfg, reference, reward, task, run, gold, start if cfg.reference else None)
     saved = policy.publish(run.folder / "model")
     sampling = Sampling(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature)
-    judged = judge.held_out(start, policy, gold or reward, task, sampling, run, reward if gold else None)
+    judged = judge.held_out(start, policy, reward, task, sampling, run, gold)
     return {**figures, **judged, **saved}

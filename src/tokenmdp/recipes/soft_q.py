@@ -140,7 +140,6 @@ def train(
         # 4. Say what happened.
         assert b.logp_mu is not None  # it was sampled here
         kl = ((b.logp_mu - logp_ref) * b.action).sum(-1)
-        off = (now["logp"] - b.logp_mu).abs()[b.action]
         metrics = {
             "objective/scores": measures.mean(score.value, rows),
             "objective/kl": measures.mean(kl, rows),
@@ -150,8 +149,7 @@ def train(
             "grad_norm": measures.average(learned, "grad_norm"),
             "skipped_updates": float(skipped),
             **measures.responses(b, score),
-            "sampling/sampling_logp_difference/mean": float(off.mean()),
-            "sampling/sampling_logp_difference/max": float(off.max()),
+            **measures.sampler_difference(b, now["logp"]),
         }
         if gold is not None:
             truth = gold(b)
@@ -169,5 +167,5 @@ def main(cfg: Config, run: Run) -> dict[str, object]:
     policy, figures = train(cfg, reference, reward, task, run, gold)
     saved = policy.publish(run.folder / "model")
     sampling = Sampling(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature)
-    judged = judge.held_out(reference, policy, gold or reward, task, sampling, run, reward if gold else None)
+    judged = judge.held_out(reference, policy, reward, task, sampling, run, gold)
     return {**figures, **judged, **saved}

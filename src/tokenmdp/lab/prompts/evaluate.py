@@ -50,7 +50,7 @@ class Config:
 
 def main(cfg: Config, run: Run) -> dict[str, Any]:
     """Read the log, judge the proxies and the choices, print the table."""
-    log = logs.read(cfg.trials, cfg.prompts or None, cfg.model, cfg.only)
+    log = logs.read(cfg.trials, cfg.prompts or None, cfg.model, cfg.only, answers=True)
     if warning := logs.cut_in_words(log):
         run.note(warning)
     found = evaluate(cfg, log, run)
