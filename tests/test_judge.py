@@ -82,6 +82,8 @@ def test_rows_without_a_verdict_leave_the_means(tmp_path: Path) -> None:
     )
     found = judged(tmp_path / "run", policy().freeze(), reward)
     assert found["score_start"]["mean"] == found["score_trained"]["mean"] == 1.0
+    assert [found[name] for name in ("prompts_left_out", "no_verdict_start", "no_verdict_trained")] == [0, 10, 10]
+    assert "no verdict on 10 of 20 responses of the start and 10" in (tmp_path / "run" / "log.txt").read_text()
     none = FunctionReward(lambda completions, **_: [None] * len(completions), name="none", max_missing=1.0)
     assert "no verdict" in judged(tmp_path / "none", policy().freeze(), none)
 

@@ -49,7 +49,8 @@ def held_out(
         gold: a judge that nothing was trained on.
 
     Returns:
-        `held_out`: who judged, the number of prompts, scores of start and trained, their paired difference with its 95 %
+        `held_out`: who judged, the number of prompts (and how many are left out and how many responses had no verdict,
+        start's and trained's, where any), scores of start and trained, their paired difference with its 95 %
         interval (and, where gold judged, that of the reward), the KL in nats a response, the share of clipped responses,
         and the mean length (tokens) and distinct-2 of both: a policy that says one thing to everything has a high score
         and nothing else. Where the task holds nothing out, or no prompt got verdicts, that is said in place of figures.
@@ -85,6 +86,7 @@ def held_out(
         "held_out": {
             "judge": by.name,
             "prompts": len(before),
+            **_left_out(scores, len(prompts) - len(before), run),
             "score_start": _interval(before),
             "score_trained": _interval(after),
             "trained_minus_start": gain,
@@ -122,6 +124,18 @@ def _promised(
             f"{gold.name} did not significantly ({gain['mean']:+.3g}): what was learned may be what the first overlooks"
         )
     return found
+
+
+def _left_out(scores: Sequence[Score], prompts: int, run: Run) -> dict[str, Any]:
+    """How many responses and prompts are in no figure; nothing where all are."""
+    missing = [int((~score.verdict).sum()) for score in scores]
+    if not any(missing):
+        return {}
+    run.note(
+        f"warning: no verdict on {missing[0]} of {len(scores[0].verdict)} responses of the start and {missing[1]} of "
+        f"the trained policy: they are in no score, and {prompts} prompts are left out"
+    )
+    return {"prompts_left_out": prompts, "no_verdict_start": missing[0], "no_verdict_trained": missing[1]}
 
 
 def _distinct(b: Batch) -> np.ndarray[Any, Any]:

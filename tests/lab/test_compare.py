@@ -20,6 +20,7 @@ from tiny_models import batch
 from tiny_recipes import liking, policy, task
 from tokenmdp import config
 from tokenmdp.lab import compare, ranking, report, solvers
+from tokenmdp.rewards.function import FunctionReward
 from tokenmdp.run import Run
 from tokenmdp.types import Score
 
@@ -152,6 +153,24 @@ def test_a_prompt_without_a_verdict_is_no_score_of_zero():
     assert not nowhere.low > 0  # nothing in common: no gain that anyone saw
 
 
+def test_the_gain_is_over_prompts_that_both_were_judged_on_and_missing_verdicts_are_told():
+    """At every seed 0.6 - 0.2 and 0.8 - 0.3, whatever the means over prompts of their own; of 16 responses 5 are missing."""
+    some = {"no_verdict": 5, "responses": 16}
+    found = {
+        "start": [result("start", [0.2, 0.3, None, 0.9], "baseline", no_verdict=0, responses=16) for _ in range(3)],
+        "good": [result("good", [0.6, 0.8, 0.1, None], **some) for _ in range(3)],
+        "broken": [result("broken", [], failure="crash", message="out of luck") for _ in range(3)],
+    }
+    rows = ranking.rows_of(found, solvers.BASELINES)
+    by = {row["solver"]: row for row in rows}
+    assert by["good"]["gain"]["mean"] == pytest.approx(0.45)
+    assert by["broken"]["gain"]["mean"] == 0.0
+    assert [by[name]["no_verdict"] for name in found] == [0.0, 5 / 16, None]
+    said = [sentence for sentence in ranking.verdict(rows, 3) if "no verdict" in sentence]
+    assert len(said) == 1
+    assert "(good 31.2 %)" in said[0]
+
+
 def test_the_verdict_says_what_differs_and_what_does_not():
     said = ranking.verdict(ranking.rows_of(made_up(), solvers.BASELINES), 5)
     assert said[0].startswith("1 of 3 solvers beat their start significantly at every seed; good ends highest")
@@ -239,6 +258,15 @@ def test_tuning_never_sees_what_the_comparison_judges_by(tmp_path: Path):
     assert not {p.ids for p in by} & {p.ids for p in tuned.task.train}
     assert plain.task.train == lab.task.train
     assert tuned.rate == pytest.approx(plain.rate / 3)
+
+
+def test_a_judge_that_says_nothing_of_the_start_stops_it_before_anything_trains(tmp_path: Path):
+    cfg = compare.Config(**{**SMALL, "warm_steps": 0})
+    with Run.open(tmp_path / "run", config.plain(cfg), 0) as run:
+        lab = compare.Lab(cfg, run)
+        lab.judge = FunctionReward(lambda completions, **_: [None] * len(completions), name="mute", max_missing=1.0)
+        with pytest.raises(ValueError, match=r"cannot be judged .* at seed 0 \(no verdict: mute judged none"):
+            compare.judged_start(lab)
 
 
 # ------------------------------------------------------------ the page

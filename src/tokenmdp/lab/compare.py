@@ -226,6 +226,7 @@ class Lab:
         out: dict[str, Any] = {
             "scores": [None if math.isnan(x) else round(x, 6) for x in judge.by_prompt(score, cfg.answers).tolist()],
             "no_verdict": int((~score.verdict).sum()),
+            "responses": len(b),
         }
         if isinstance(answers, Policy):
             greedy = answers.sample(prompts, 1, Sampling(cfg.max_new_tokens, temperature=0.0), rng)
@@ -298,6 +299,22 @@ def work(folder: Path) -> None:
     workers.serve(hired)
 
 
+def judged_start(lab: Lab) -> None:
+    """Judge the start at every seed, before anything trains: all else is told against it.
+
+    Raises:
+        ValueError: at some seed the judge gave no verdict on any held-out prompt, or failed.
+    """
+    trials = [Trial("start", seed, 1.0) for seed in range(lab.cfg.seeds)]
+    for trial, found in zip(trials, conduct_all(lab, trials), strict=True):
+        if found["failure"]:
+            raise ValueError(
+                f"the start cannot be judged on the held-out prompts at seed {trial.at} ({found['failure']}: "
+                f"{found['message']}), so there is nothing to compare with: mend the judge {lab.judge.name}, and run into "
+                "another folder"
+            )
+
+
 def rates(lab: Lab, names: Sequence[str]) -> dict[str, float]:
     """What each solver's learning rate is multiplied with: 1, or the best of the grid; of equals the smallest."""
     known = solvers.available()
@@ -358,6 +375,7 @@ def main(cfg: Config, run: Run) -> dict[str, object]:
         )
     if lab.task.demonstrations is None:
         names.remove("sft-more")  # there is nothing to clone
+    judged_start(lab)
     scaled = rates(lab, names)
     # Seed by seed, so that an unfinished comparison is one with fewer seeds and not one with fewer solvers.
     trials = [Trial(name, seed, scaled[name]) for seed in range(cfg.seeds) for name in names]
@@ -409,12 +427,23 @@ def table(summary: dict[str, Any]) -> Iterator[Table]:
 
     shown = Table(title=f"{summary['title']}, {summary['budget_tokens']:,} tokens, {summary['seeds']} seeds")
     shown.add_column("solver")
-    for name in ("IQM [95 %]", "gain over start", "P(> start)", "P(> sft-more)", "failed", "tokens", "seconds"):
+    for name in (
+        "IQM [95 %]",
+        "gain over start",
+        "P(> start)",
+        "P(> sft-more)",
+        "no verdict",
+        "failed",
+        "tokens",
+        "seconds",
+    ):
         shown.add_column(name, justify="right")
     for row in summary["rows"]:
         won = [span(row["improvement"].get(name), 2) for name in BASELINES]
         cost = [f"{row[key] or 0:,.0f}" for key in ("tokens", "seconds")]
-        shown.add_row(row["solver"], span(row["iqm"]), span(row["gain"]), *won, f"{row['failed']}/{row['runs']}", *cost)
+        unjudged = "–" if row["no_verdict"] is None else f"{100 * row['no_verdict']:.1f} %"
+        failed = f"{row['failed']}/{row['runs']}"
+        shown.add_row(row["solver"], span(row["iqm"]), span(row["gain"]), *won, unjudged, failed, *cost)
     yield shown
 
 

@@ -2,6 +2,7 @@
 
     final score of a run      mean over held-out prompts and their responses, over those that got a verdict; a run that
                               crashed delivers no policy and counts as its start
+    gain                      over the start at the same seed, over the prompts on which both got a verdict
     failure                   it crashed; a number was not finite; or it did not beat its start significantly, by the 95 %
                               interval of the difference over held-out prompts, paired by prompt, of that seed
     aggregate                 the interquartile mean over seeds, with its stratified bootstrap interval; of fewer than eight
@@ -51,11 +52,16 @@ def beats(result: Result, start: Result) -> stats.Interval:
         return stats.Interval(float((a - b).mean()), float("-inf"), float("inf"))
 
 
+def unjudged(result: Result) -> float | None:
+    """The share of a run's judged responses that got no verdict; None of a run that delivered none."""
+    return result["no_verdict"] / result["responses"] if result.get("responses") else None
+
+
 def rows_of(results: Mapping[str, Sequence[Result]], baselines: Sequence[str]) -> list[Row]:
     """One row a solver, the highest aggregate first.
 
     Args:
-        results: of each solver one a seed, in the same order of seeds; "start" among them.
+        results: of each solver one a seed, in the same order of seeds; "start" among them, judged at every seed.
         baselines: what every solver is compared with; those of them that were run.
     """
     start = results["start"]
@@ -76,7 +82,7 @@ def row_of(
     trains = name != "start"
     failures = {kind: sum(r["failure"] == kind for r in mine) for kind in ("crash", "non-finite", "no verdict")}
     failures["not better"] = sum(not g.low > 0 or not np.isfinite(g.low) for g in gains) if trains else 0
-    gained = [a - b for a, b in zip(scores[name], scores["start"], strict=True)]
+    gained = [beats(r, s).mean if r["scores"] else 0.0 for r, s in zip(mine, start, strict=True)]
     return {
         "solver": name,
         "family": mine[0]["family"],
@@ -88,6 +94,7 @@ def row_of(
         "failures": failures,
         "failed": sum(failures.values()),
         "runs": len(mine),
+        "no_verdict": _mean([unjudged(r) for r in mine]),
         "messages": sorted({r["message"] for r in mine if r["message"]}),
         **{key: _mean([r[key] for r in ran]) for key in ("greedy", "kl", "tokens", "seconds")},
         "curves": [r["curve"] for r in mine],
@@ -121,7 +128,8 @@ def verdict(rows: Sequence[Row], seeds: int) -> list[str]:
     start = next(row for row in rows if row["solver"] == "start")
     trained = [row for row in rows if row["family"] not in ("baseline", "decoding")]
     if not trained:
-        return [f"Nothing but baselines was run: the start scores {start['iqm']['mean']:.3f}."]
+        baselines = f"Nothing but baselines was run: the start scores {start['iqm']['mean']:.3f}."
+        return [sentence for sentence in (baselines, _unjudged(rows)) if sentence]
     winners = [row for row in trained if row["failed"] == 0]
     leader = trained[0]
     each = "at every seed" if seeds > 1 else "at the one seed"
@@ -132,7 +140,7 @@ def verdict(rows: Sequence[Row], seeds: int) -> list[str]:
     out.append(_peers(leader, trained[1:], seeds))
     if cloned := next((row for row in rows if row["solver"] == "sft-more"), None):
         out.append(_against(cloned, trained, seeds))
-    out.append(_failures(trained))
+    out += [_unjudged(rows), _failures(trained)]
     return [sentence for sentence in out if sentence]
 
 
@@ -177,6 +185,17 @@ def _against(cloned: Row, trained: Sequence[Row], seeds: int) -> str:
         if names := [name for name, found in ways.items() if found == way]:
             parts.append(f"{words}: {_names(names)}")
     return f"{at}; {'; '.join(parts)}."
+
+
+def _unjudged(rows: Sequence[Row]) -> str:
+    """Whose responses the judge gave no verdict on: scores of different prompts compare badly."""
+    shares = [f"{row['solver']} {100 * row['no_verdict']:.1f} %" for row in rows if row["no_verdict"]]
+    if not shares:
+        return ""
+    return (
+        f"The judge gave no verdict on some responses ({', '.join(shares)}); they are in no score, so where the shares "
+        "differ the scores are of different prompts: read the gains, which are over prompts that both were judged on."
+    )
 
 
 def _failures(trained: Sequence[Row]) -> str:

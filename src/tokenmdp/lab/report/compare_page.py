@@ -228,6 +228,7 @@ def _line(row: Mapping[str, Any]) -> dict[str, Any]:
         "gain": _cell(figures.interval("gain"), "signed"),
         "over_start": _cell(figures.interval("improvement.start")),
         "over_cloning": _cell(figures.interval("improvement.sft-more")),
+        "unjudged": percent(share) if (share := figures.number("no_verdict")) is not None else "–",
         "greedy": num(figures.number("greedy")),
         "kl": num(figures.number("kl")),
         "failed": ("–" if row["solver"] == "start" else f"{sum(failed.values())} of {runs}", _said(failed)),
