@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -200,6 +200,37 @@ def test_an_estimate_that_few_trials_carry_is_not_told() -> None:
     assert said.startswith("Nothing can be told: weighted to this choice the log's 1000 trials are worth")
 
 
+@pytest.mark.parametrize(
+    ("propensity", "says"),
+    [
+        (lambda log: log.propensity * 2, "where it should be 1: in part it asks for prompts"),
+        (lambda log: log.propensity / 2, "where it should be 1: the propensities are smaller"),
+        (lambda log: log.propensity, "Choosing a prompt per query pays here"),
+    ],
+)
+def test_propensities_that_do_not_fit_the_log_tell_nothing(propensity: Callable[[Log], np.ndarray], says: str) -> None:
+    log = sparse(log_of(0.8, 1200))
+    value, picks = np.tile([0.5, 0.5], (len(log.queries), 1)), np.arange(len(log.queries)) % 2
+    found = judged.choices(replace(log, propensity=propensity(log)), {"known": picks}, picks * 0, value=value)
+    assert says in judged.in_words(found, "known")
+
+
+def test_a_choice_half_of_which_was_never_tried_is_not_told() -> None:
+    """The second prompt was tried on half of the queries only: of a choice of it everywhere half is the proxy's word."""
+    log = log_of(0.8, 1200)
+    at = np.arange(len(log.queries))
+    some = np.where(at < len(at) // 2, sparse(log).prompt, 0)  # both prompts by turns, then the first alone
+    one = replace(log.select(at * 2 + some), propensity=np.where(at < len(at) // 2, 0.5, 1.0))
+    second = np.ones(len(log.queries), dtype=np.int64)
+    value = np.tile([0.5, 0.5], (len(log.queries), 1))
+    found = judged.choices(one, {"second": second}, second * 0, value=value)
+    assert found["second"]["overlap"]["mean"] == pytest.approx(0.5, abs=0.06)
+    assert found["second"]["overlap"]["effective"] > 30
+    assert "weighted to this choice the log's trials have a mean weight" in judged.in_words(found, "second")
+    turned = judged.choices(one, {"first": second * 0}, second, value=value)
+    assert "weighted to the best constant prompt the log's trials have a mean" in judged.in_words(turned, "first")
+
+
 def test_without_propensities_such_a_log_tells_nothing() -> None:
     log = replace(sparse(log_of(0.8, 400)), propensity=None)
     chooser = choose.Chooser(stacked.named("logistic")).fit(log)
@@ -352,3 +383,37 @@ def test_after_asking_all_by_hand(tmp_path: Path) -> None:
     assert np.array_equal(logs.read(again).confidence, log.confidence)
     assert logs.read(again, answers=True).answer is None  # without responses nobody knows what was said
     assert list(judged.after_asking(logs.read(again), np.zeros(4, dtype=np.int64))) == ["confidence"]
+
+
+def test_after_asking_leaves_out_what_the_log_does_not_say(tmp_path: Path) -> None:
+    """A question with a response missing is not voted on, one with a confidence missing not sorted by it; both are
+    counted. Repeats may be numbered from 1.
+    """
+    said: list[tuple[str, str, str | None, float, float | None]] = []
+    for query in "qrs":
+        said += [(query, "a", "It is 4.", 1.0, -1.0), (query, "b", "5", 0.0, -0.1), (query, "c", "4.0", 1.0, -2.0)]
+    said[1] = ("q", "b", None, 0.0, -0.1)
+    said[3] = ("r", "a", "It is 4.", 1.0, None)
+    rows = [
+        {
+            "query_id": q,
+            "query": f"question {q}",
+            "prompt_id": p,
+            "response": t,
+            "reward": r,
+            "confidence": c,
+            "repeat": 1,
+        }
+        for q, p, t, r, c in said
+    ]
+    rows += [{**rows[6], "repeat": 2, "reward": 0.0, "response": "9"}]  # a second try does not count
+    file = tmp_path / "log.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    log = logs.read(file, answers=True)
+    found = judged.after_asking(log, np.zeros(3, dtype=np.int64))
+    assert {name: (row["queries"], row["left_out"]) for name, row in found.items()} == {
+        "confidence": (2, 1),
+        "vote": (2, 1),
+    }
+    assert found["vote"]["reward"]["mean"] == 1.0
+    assert found["confidence"]["reward"]["mean"] == 0.0  # b was surest both times

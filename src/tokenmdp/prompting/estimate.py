@@ -33,13 +33,16 @@ class Overlap:
     Attributes:
         effective: (Σ w)² / Σ w², the number of trials the weights are worth.
         largest: the largest weight's share of their sum.
-        uncovered: 1 − mean w, at least 0: in expectation the probability that π gives to prompts to which μ gives none.
+        mean: the mean of w, which is 1 in expectation; less by the probability that π gives to prompts to which μ gives
+            none, and anything else where the propensities are not those by which prompts were tried.
+        margin: 1.96 standard errors of `mean`, trials taken as independent.
     """
 
     trials: int
     effective: float
     largest: float
-    uncovered: float
+    mean: float
+    margin: float
 
 
 def weights(
@@ -140,7 +143,8 @@ def overlap(w: NDArray[np.float64]) -> Overlap:
         trials=len(w),
         effective=total**2 / squares if squares else 0.0,
         largest=float(w.max()) / total if total else 0.0,
-        uncovered=max(0.0, 1.0 - float(w.mean())),
+        mean=float(w.mean()),
+        margin=1.96 * float(w.std(ddof=1)) / len(w) ** 0.5 if len(w) > 1 else float("inf"),
     )
 
 

@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 
 from tokenmdp import stats
 from tokenmdp.prompting import choose, estimate, intervals, leaks, splits, stacked
-from tokenmdp.prompting.log import Log, retest
+from tokenmdp.prompting.log import NOTHING, UNKNOWN, Log, retest
 from tokenmdp.prompting.proxy import Proxy
 
 CONSTANT = "best constant (train)"
 WORTH = 30  # trials that a log must be worth, weighted to a policy, for an estimate to be told
+OFF = 0.1  # how far from 1, noise apart, the mean weight may be
 
 
 def auc(score: NDArray[np.float64], right: NDArray[np.bool_]) -> float | None:
@@ -198,16 +199,18 @@ def after_asking(
         vote         the number given most often, the earliest of equals (self-consistency over prompts)
 
     Args:
-        log: trials; the first of each query and prompt counts, on the queries where every prompt was tried.
+        log: trials; the first of each query and prompt counts, on the queries where every prompt was tried and the log says
+            of every one what a row goes by.
         constant: [Q] the best constant prompt, as in `choices`.
         scores: further numbers a trial, [N] by name, of whose answers the highest is kept.
 
     Returns:
-        As `choices`, with `calls`; nothing of what the log does not say.
+        As `choices`, with `calls`; nothing of what the log does not say. `left_out` counts the queries of which it says it
+        of some prompts only.
     """
     at = np.full((len(log.queries), len(log.prompts)), -1, dtype=np.int64)
-    first = np.flatnonzero(log.repeat == 0)
-    at[log.query[first], log.prompt[first]] = first
+    order = np.argsort(-log.repeat, kind="stable")
+    at[log.query[order], log.prompt[order]] = order  # of several the last that is written stays: the smallest repeat
     asked = np.flatnonzero((at >= 0).all(1))
     if not len(asked):
         return {}
@@ -218,22 +221,33 @@ def after_asking(
     if log.confidence is not None:
         given = {"confidence": log.confidence, **given}
     earned = {
-        name: reward[rows, score[trial].argmax(1)] for name, score in given.items() if not np.isnan(score[trial]).any()
+        name: np.where(
+            np.isnan(score[trial]).any(1),
+            np.nan,
+            reward[rows, np.where(np.isnan(score), -np.inf, score)[trial].argmax(1)],
+        )
+        for name, score in given.items()
     }
     if log.answer is not None:
         kept = [choose.vote([None if a < 0 else a for a in said]) for said in log.answer[trial].tolist()]
         # Where nobody gave a number, nothing was voted for, and that is wrong.
-        voted = np.array([-2 if k is None else k for k in kept])[:, None] == log.answer[trial]
-        earned["vote"] = np.where(voted.any(1), reward[rows, voted.argmax(1)], 0.0)
+        voted = np.array([NOTHING if k is None else k for k in kept])[:, None] == log.answer[trial]
+        worth = np.where(voted.any(1), reward[rows, voted.argmax(1)], 0.0)
+        earned["vote"] = np.where((log.answer[trial] == UNKNOWN).any(1), np.nan, worth)
+    known = {name: ~np.isnan(value) for name, value in earned.items()}
     return {
         name: {
-            "reward": intervals.grouped_mean(value, group, seed=seed)._asdict(),
-            "over_constant": intervals.grouped_mean(value - base, group, seed=seed)._asdict(),
-            "queries": len(asked),
+            "reward": intervals.grouped_mean(value[known[name]], group[known[name]], seed=seed)._asdict(),
+            "over_constant": intervals.grouped_mean(
+                (value - base)[known[name]], group[known[name]], seed=seed
+            )._asdict(),
+            "queries": int(known[name].sum()),
             "checked": 1.0,
             "calls": len(log.prompts),
+            "left_out": int((~known[name]).sum()),
         }
         for name, value in earned.items()
+        if known[name].any()
     }
 
 
@@ -250,12 +264,9 @@ def in_words(found: Mapping[str, Mapping[str, Any]], name: str, abstaining: str 
             f"Nothing can be told: where it moves away from the best constant prompt the log tried both on "
             f"{found[name]['checked']:.0%} of the queries, and it gives no propensities."
         )
-    lies = found[name].get("overlap")
-    if lies is not None and lies["effective"] < WORTH:
-        return (
-            f"Nothing can be told: weighted to this choice the log's {lies['trials']} trials are worth {lies['effective']:.0f}, "
-            f"and an estimate takes {WORTH} or more."
-        )
+    for who, called in ((name, "this choice"), (CONSTANT, "the best constant prompt")):
+        if fault := _unsupported(found[who].get("overlap"), called):
+            return f"Nothing can be told: {fault}."
     if abstaining and gain["low"] > 0 and not found[abstaining]["over_constant"]["low"] > 0:
         told = ", but not reliably: going by what other questions of this log say, one would mostly not have chosen"
     span = f"{_span(gain)} over the best constant prompt{told}"
@@ -264,6 +275,27 @@ def in_words(found: Mapping[str, Mapping[str, Any]], name: str, abstaining: str 
     if gain["high"] < 0:
         return f"Choosing a prompt per query is worse here: {span}."
     return f"No significant gain from choosing a prompt per query: {span}."
+
+
+def _unsupported(lies: Mapping[str, float] | None, called: str) -> str:
+    """Why a log tells nothing of a policy; empty where it does, or where nothing was estimated."""
+    if lies is None:
+        return ""
+    if lies["effective"] < WORTH:
+        return (
+            f"weighted to {called} the log's {lies['trials']} trials are worth {lies['effective']:.0f}, and an estimate takes "
+            f"{WORTH} or more"
+        )
+    if abs(lies["mean"] - 1) <= max(OFF, lies["margin"]):
+        return ""
+    why = (
+        "in part it asks for prompts that were never tried there, or the propensities are too large"
+        if lies["mean"] < 1
+        else "the propensities are smaller than the chances by which its prompts were tried"
+    )
+    return (
+        f"weighted to {called} the log's trials have a mean weight of {lies['mean']:.2f}, where it should be 1: {why}"
+    )
 
 
 def _span(x: Mapping[str, float]) -> str:

@@ -26,6 +26,7 @@ from tokenmdp.tasks import files
 
 LONGEST = 1 << 20  # characters of a query or prompt
 COLUMNS = ("query", "prompt", "reward", "repeat", "part", "propensity", "cost", "ended", "confidence", "answer")
+UNKNOWN, NOTHING = -1, -2  # in place of a number that a response gave: the log holds no response, or it gave none
 MANY_CUT = 0.1  # share of a prompt's answers from which a reader is warned
 _NEEDED = ("query", "prompt_id", "reward")
 
@@ -44,7 +45,7 @@ class Log:
         cost: [N] what the trial cost, in the log's own unit, where it is known.
         ended: [N] 1 where the answer ended by itself, 0 where it was cut, NaN where the log does not say.
         confidence: [N] the mean log-probability of the answer's tokens, nats; NaN where the log does not say.
-        answer: [N] which number the response gave: trials with equal ones said the same; −1 where it gave none. None
+        answer: [N] which number the response gave: trials with equal ones said the same; UNKNOWN or NOTHING else. None
             where they were not asked for, or the log keeps no responses.
         part: [N] which of `parts` a trial is in by the log's own account.
         parts: the names of these, such as train and test; `""` where the log says nothing.
@@ -268,7 +269,9 @@ class Builder:
         self.columns["confidence"].append(math.nan if sure in (None, "") else _number(sure, "confidence", where))
         response = row.get("response") if self.read_answers else None
         said = numerals.answer(response) if isinstance(response, str) else None
-        self.columns["answer"].append(-1 if said is None else self.answers.setdefault(str(said), len(self.answers)))
+        number = self.answers.setdefault(str(said), len(self.answers)) if said is not None else None
+        unsaid = NOTHING if isinstance(response, str) else UNKNOWN
+        self.columns["answer"].append(unsaid if number is None else number)
         propensity = self.columns["propensity"][-1]
         if not (math.isnan(propensity) or 0 < propensity <= 1):
             raise ValueError(f"{where}: propensity is {propensity}; it must be in (0, 1]: what was tried had a chance")

@@ -44,6 +44,7 @@ class Numeral(NamedTuple):
 
 
 _LONGEST = 400  # characters of a numeral; a longer run of digits is noise and never an answer
+_READ = 100_000  # characters of a text, from its end, in which an answer is looked for
 _POWER = 1000  # the largest power of ten that is told apart from still larger ones
 _SPACES = " \u00a0\u2009\u202f"
 _DASHES = dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013\u2212\ufe63\uff0d"), "-")
@@ -107,8 +108,9 @@ def answer(text: str) -> Numeral | None:
     in 3 steps` takes nothing back. Of what is marked the first number counts, or where the sentence has an equals sign
     the first after the last of these (`the answer is 12 - 5 = 7` is 7); a mark without a number on its line, or a box
     that never closes, is no answer. Without any mark the last number of the text counts. A number that is part of an
-    expression, or stands beside `or` or after `not`, is no answer.
+    expression, or stands beside `or` or after `not`, is no answer. Of a longer text the last 100,000 characters are read.
     """
+    text = text[-_READ:]
     marks = list(_MARK.finditer(text))
     if not marks:
         return _alone(text, -1)

@@ -85,7 +85,14 @@ def evaluate(cfg: Config, log: logs.Log, run: Run) -> dict[str, Any]:
     picks = {name: choose.best(value) for name, value in values.items() if name != "constant"}
     picks["abstaining"] = judged.abstaining(held, values[cfg.choice], constant, cfg.inner, run.seed)
     earned = judged.choices(held, picks, constant, run.seed, values[cfg.choice])
-    earned |= judged.after_asking(held, constant, run.seed)
+    asked = judged.after_asking(held, constant, run.seed)
+    for name, row in asked.items():
+        if row["left_out"]:
+            run.note(
+                f"warning: {name} is judged on {row['queries']} queries; {row['left_out']} more are left out, for the log does not "
+                "say of every prompt there what it goes by"
+            )
+    earned |= asked
     pick = picks.get(cfg.choice, constant)
     return {
         "kind": "prompts",
@@ -143,12 +150,12 @@ def tables(found: dict[str, Any]) -> list[Table]:
         "reward [95 %]",
         "over the best constant",
         "queries",
-        *["worth, trials", "1 − mean weight"] * estimated,
+        *["worth, trials", "mean weight"] * estimated,
     ):
         first.add_column(name, justify="left" if name == "choice" else "right")
     for name, row in found["choices"].items():
         lies = row.get("overlap")
-        diagnosed = [f"{lies['effective']:.0f} of {lies['trials']}", f"{lies['uncovered']:.0%}"] if lies else []
+        diagnosed = [f"{lies['effective']:.0f} of {lies['trials']}", f"{lies['mean']:.2f}"] if lies else []
         calls = "–" if name == "oracle" else str(row.get("calls", 1))
         first.add_row(name, calls, span(row["reward"]), span(row["over_constant"]), str(row["queries"]), *diagnosed)
     second = Table(title="what Υ says of held-out trials", title_justify="left")

@@ -87,7 +87,7 @@ def overlap(summary: Figures) -> Iterator[tuple[str, ...]]:
         found = Figures({"x": summary.mapping("choices").get(name)})
         if (worth := found.number("x.overlap.effective")) is not None:
             trials, largest = count(found.number("x.overlap.trials")), percent(found.number("x.overlap.largest"))
-            yield name, count(worth), trials, largest, percent(found.number("x.overlap.uncovered"))
+            yield name, count(worth), trials, largest, num(found.number("x.overlap.mean"))
 
 
 def rows(summary: Figures, part: str, key: str) -> Iterator[figures.Rung]:
