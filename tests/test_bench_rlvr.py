@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from tiny_models import batch
+
 BENCH = Path(__file__).parents[1] / "bench"
 
 
@@ -46,9 +48,31 @@ def test_verdicts_need_every_seed(rlvr: Any):
         return {name: None if e is None else {"low": e[0], "high": e[1]} for name, e in ends.items()}
 
     good = seed((0.01, 0.1), (-0.05, 0.05))
-    assert rlvr.verdicts({"0": good, "1": seed((0.02, 0.1), None)}) == {"pass@1": True, "pass@8": True}
-    assert rlvr.verdicts({"0": good, "1": seed((-0.01, 0.1), (-0.1, 0.0))}) == {"pass@1": False, "pass@8": False}
-    assert rlvr.verdicts({"0": seed(None, (0.1, 0.2))}) == {"pass@1": False, "pass@8": True}
+
+    def of(*seeds: dict[str, Any], **controls: Any) -> dict[str, bool]:
+        return dict(rlvr.verdicts({"grpo": {str(i): s for i, s in enumerate(seeds)}, **controls}))
+
+    assert of(good, seed((0.02, 0.1), None)) == {"pass@1": True, "pass@8": True}
+    assert of(good, seed((-0.01, 0.1), (-0.1, 0.0))) == {"pass@1": False, "pass@8": False}
+    assert of(seed(None, (0.1, 0.2))) == {"pass@1": False, "pass@8": True}
+    above, even = ({"pass@1_grpo_over": {"low": x, "high": 0.1}} for x in (0.01, -0.01))
+    assert of(good, good, coin={"0": above, "1": above})["coin"]
+    assert not of(good, good, coin={"0": above, "1": even})["coin"]
+
+
+def test_a_coin_knows_the_seed_and_nothing_else(rlvr: Any):
+    b = batch([([1], [2, 3]), ([1], [2, 3]), *(([1], [2 + i]) for i in range(40))])
+    one, again, other = (rlvr.coin(seed)(b).value.tolist() for seed in (0, 0, 1))
+    assert one == again
+    assert one != other
+    assert one[0] == one[1]
+    assert 10 < sum(one) < 32
+
+
+def test_what_grpo_has_more_than_a_control_is_paired_by_problem(rlvr: Any):
+    found = rlvr.over(answers([4, 4, 8, 8] * 10), answers([2, 4, 4, 8] * 10))
+    assert found["pass@1_grpo_over"]["mean"] == pytest.approx((2 + 0 + 4 + 0) / 32, abs=1e-4)
+    assert found["pass@8_grpo_over"] is None
 
 
 def test_the_path_of_the_data_stays_out_of_the_results(rlvr: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -76,9 +100,13 @@ def test_the_path_of_the_data_stays_out_of_the_results(rlvr: Any, tmp_path: Path
     assert "--data DIR" in found["command"]
     assert set(found["data"]["sha256"]) == {"train.jsonl", "test.jsonl"}
     assert found["data"]["held_out"] == 30
-    assert len(found["seeds"]["0"]["objective/scores"]) == 1
+    assert (
+        len(found["arms"]["grpo"]["0"]["objective/scores"]) == len(found["arms"]["coin"]["0"]["objective/scores"]) == 1
+    )
+    grpo, more = (found["arms"][arm]["0"]["tokens"] for arm in ("grpo", "sft-more"))
+    assert more == pytest.approx(grpo, rel=0.9)  # of one step's many tokens
     assert found["passed"].keys() == found["thresholds"].keys()
     made = (tmp_path / "runs" / "rlvr-quick-seed-0" / "grpo" / "metrics.jsonl").stat().st_mtime_ns
     rlvr.main(flags)  # what is finished is read, not run again
-    assert json.loads(file.read_text())["seeds"] == found["seeds"]
+    assert json.loads(file.read_text())["arms"] == found["arms"]
     assert (tmp_path / "runs" / "rlvr-quick-seed-0" / "grpo" / "metrics.jsonl").stat().st_mtime_ns == made
