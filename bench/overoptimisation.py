@@ -129,12 +129,12 @@ SIZES = {
     "real": Size(
         task="sentiment",
         sft=REAL.sft,
-        ppo=replace(REAL.ppo, steps=14, kl=0.0, train="top-6", learning_rate=1e-4),
+        ppo=replace(REAL.ppo, steps=24, kl=0.0, train="top-6", learning_rate=1e-4),
         labels=200,
         prompts=48,
         samples=64,
         answers=2,
-        looks=(1, 3, 6, 10, 14),
+        looks=(1, 3, 6, 10, 16, 24),
         arms=("single", "mean - variance"),
     ),
 }

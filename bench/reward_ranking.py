@@ -6,8 +6,8 @@ Two parts; the second needs a file of human preferences (hh-rlhf transcripts or 
 
     sentiment   the embedded model continues the openings of reviews; the gold reward (a classifier's log-odds) draws noisy
                 preferences, P(first) = σ(3 (gold₁ − gold₂)). As many labels go to pairs of one prompt as to pairs of two
-                prompts, of the same responses, and a reward model is fitted to either: `tuned` trains the top four blocks
-                and a head, `head` a linear head on frozen states (ridge-penalised Bradley–Terry). Each is judged on
+                prompts, of the same responses, and a reward model is fitted to either: `tuned` trains blocks of it
+                and a head as the demo does, `head` a linear head on frozen states (ridge-penalised Bradley–Terry). Each is judged on
                 held-out pairs of both kinds, and on the policy's own samples on held-out prefixes
     human       a linear head and a small MLP on frozen states of the same body, Bradley–Terry, four folds: each pair is
                 judged by a head that saw neither it nor any conversation with the same first human turn. Doubles and
@@ -54,7 +54,7 @@ from torch import Tensor
 
 import common
 from tokenmdp import stats
-from tokenmdp.lab import concordance, pair_figures, preference_file
+from tokenmdp.lab import concordance, demo, pair_figures, preference_file
 from tokenmdp.lab.pair_figures import Scored, by_cluster, rate, right
 from tokenmdp.models import catalog, embedding_cache
 from tokenmdp.models.embedding import OwnBody
@@ -104,7 +104,7 @@ FULL = Size(
     held_out=200,
     prompts=48,
     samples=8,
-    rm=reward_model.Config(rows=16, learning_rate=5e-5, head_learning_rate=1e-3, train="top-4", pool="mean", warmup=4),
+    rm=demo.SIZES["full"].rm,
     human=0,
     human_seeds=5,
 )
