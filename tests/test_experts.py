@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from tokenmdp.experts import (
     Worked,
     affordable,
     check_vocabularies,
+    reference,
 )
 from tokenmdp.functional import kl
 from tokenmdp.ledger import Ledger, Overdrawn
@@ -65,6 +67,16 @@ def test_a_teacher_with_another_vocabulary_is_refused() -> None:
     with pytest.raises(ValueError, match="have different vocabularies"):
         check_vocabularies(tiny(), characters())
     check_vocabularies(tiny(), tiny("gpt2"))
+
+
+def test_a_reference_with_a_shorter_context_is_refused(tmp_path: Path) -> None:
+    start, short = tiny(max_position_embeddings=64), tiny("gpt2", n_positions=16)
+    short.save(tmp_path / "short")
+    with pytest.raises(ValueError, match=r"the context of the reference .* is 16 tokens, that of llama 64"):
+        reference(str(tmp_path / "short"), start)
+    assert reference("", start) is start
+    with pytest.raises(ValueError, match="rows of 20 tokens exceed the context of gpt2, 16"):
+        short.evaluate(batch([([1], [2] * 19)]))
 
 
 def test_a_teachers_divergence_is_the_students_to_it() -> None:

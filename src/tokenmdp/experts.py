@@ -126,12 +126,17 @@ def reference(name: str, start: Policy) -> Policy:
     """The frozen model called `name` that a policy's KL is measured to; the start itself where no name is given.
 
     Raises:
-        ValueError: there is no such model, or its tokens are not the start's.
+        ValueError: there is no such model, its tokens are not the start's, or its context is shorter.
     """
     if not name:
         return start
     other = catalog.load(name).freeze()
     check_vocabularies(start, other)
+    if other.context < start.context:
+        raise ValueError(
+            f"the context of the reference {other.name} is {other.context} tokens, that of {start.name} {start.context}: it could "
+            "not read every response; take a reference whose context is as long"
+        )
     return other
 
 

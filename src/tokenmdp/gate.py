@@ -6,7 +6,8 @@
 
 A sampler that is another policy than the learner (a temperature or top-p on one side only, dropout, weights that were not
 passed on) makes every gradient one of another problem, and no curve shows it. So the first phase is measured and not
-trusted; the second is measured again, for only after an update could the sampler's weights be stale.
+trusted; the second is measured again, for only after an update could the sampler's weights be stale. Where a sampler is
+behind on purpose, phases are counted in which it has just caught up.
 """
 
 from __future__ import annotations
@@ -38,6 +39,11 @@ class NotOnePolicy(RuntimeError):
     """Sampler, learner and reference differ where nothing was learned yet: what would follow is no such method."""
 
 
+def due(step: int) -> bool:
+    """Whether a phase is one that is measured."""
+    return step <= 1
+
+
 def check(
     step: int,
     run: Run,
@@ -50,7 +56,7 @@ def check(
     """Measure a run's first two phases, and keep it in gate.jsonl; phases after them are not looked at.
 
     Args:
-        step: the phase, from 0.
+        step: the phase, from 0; of a sampler that is refreshed now and then, how often it was.
         policy: what learns.
         b: what was sampled in this phase.
         logp: log-probabilities of its tokens under the weights that sampled, by the learner's own path, nats.
@@ -61,7 +67,7 @@ def check(
         NotOnePolicy: a figure is beyond what rounding explains, before anything was learned from it that a checkpoint
             holds.
     """
-    if step > 1:
+    if not due(step):
         return
     compute = policy.paths["compute"]
     difference = measures.sampler_difference(b, logp)

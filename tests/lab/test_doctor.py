@@ -104,6 +104,57 @@ def test_a_turn_must_end_by_an_end(mark: str, found: str) -> None:
     assert status(checks.template_used(one)) == "pass"
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        TEMPLATE.replace("MARK", " <eos>"),  # a blank before the end
+        TEMPLATE.replace("m['content']", "m['content'] | upper").replace("MARK", "<eos>"),
+        "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        + TEMPLATE.replace("MARK", "<eos>"),
+    ],
+    ids=["blank", "capitals", "system"],
+)
+def test_a_template_with_habits_is_read_all_the_same(template: str) -> None:
+    policy = tiny_policies.tiny()
+    policy.tokenizer.chat_template = template
+    asked = [policy.prompt("2+2=")]
+    one = Patient(policy.freeze(), asked, policy.sample(asked, 2, SAMPLING, torch.Generator()), 1.0, "all", SAMPLING)
+    assert status(checks.end_of_turn(one)) == "pass"
+    assert status(checks.template_used(one)) == "warn"
+
+
+def test_a_chat_whose_marks_are_plain_text_is_a_chat() -> None:
+    policy = tiny_policies.tiny()
+    policy.tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}=={% endif %}"
+    )
+    chats = [policy.prompt([{"role": "user", "content": "2+2"}]), policy.prompt([{"role": "user", "content": "1+2"}])]
+    b = policy.sample(chats, 2, SAMPLING, torch.Generator())
+    one = Patient(policy.freeze(), chats, b, 1.0, "all", SAMPLING)
+    assert status(checks.template_used(one)) == "pass"
+    assert status(checks.template_used(replace(one, prompts=[policy.prompt("2+2=")]))) == "warn"
+
+
+def test_a_template_that_refuses_a_chat_is_an_error_that_says_so() -> None:
+    policy = tiny_policies.tiny()
+    policy.tokenizer.chat_template = "{{ raise_exception('I want a system message') }}"
+    with pytest.raises(ValueError, match=r"refuses the messages of row 3 \(roles user\): I want a system message"):
+        policy.prompt([{"role": "user", "content": "2+2="}], row=3)
+    asked = [policy.prompt("2+2=")]
+    one = Patient(policy.freeze(), asked, policy.sample(asked, 2, SAMPLING, torch.Generator()), 1.0, "all", SAMPLING)
+    assert status(checks.end_of_turn(one)) == "warn"
+
+
+def test_weights_of_zero_have_no_gradient() -> None:
+    policy = tiny("llama")
+    with torch.no_grad():
+        for weight in policy.model.parameters():
+            weight.zero_()
+    found = checks.ending_learned(patient(policy))
+    assert status(found) == "fail"
+    assert "has no gradient in what would train (all)" in found.says
+
+
 def test_a_masked_end_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert status(checks.ending_learned(patient())) == "pass"
     real = data.demonstrations
@@ -144,6 +195,13 @@ def test_cut_data_and_longer_winners_are_found() -> None:
     even = [{"prompt": "1+1=", "chosen": "2" * (1 + i % 2), "rejected": "3" * (2 - i % 2)} for i in range(10)]
     one = replace(one, data=data.pairs(even, policy, 9), max_tokens=9)
     assert [status(checks.preferences(one)), status(checks.cut_data(one))] == ["pass", "pass"]
+    short = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
+    found = checks.preferences(replace(one, data=data.pairs(short, policy, 9)))
+    assert found is not None
+    assert (found.status, found.figure) == ("warn", "100% of winners are shorter, 0 of 10 pairs are alike")
+    same = [{**row, "rejected": row["chosen"]} for row in rows]
+    assert status(checks.preferences(replace(one, data=data.pairs(same, policy, 9)))) == "fail"
+    assert status(checks.preferences(replace(one, data=data.pairs([*even, *same[:3]], policy, 9)))) == "warn"
     assert checks.preferences(patient()) is None  # nothing was given
 
 
@@ -159,6 +217,9 @@ def test_missing_verdicts_are_counted() -> None:
     some = checks.verdicts(scored(lambda texts: [None if "2" in t else 1.0 for t in texts]))
     assert status(some) == "warn"
     assert status(checks.verdicts(scored(lambda texts: [None] * len(texts)))) == "fail"
+    fallen = replace(patient(), score=None, fault="RewardFailure: no connection")
+    assert status(checks.verdicts(fallen)) == "fail"
+    assert checks.row_by_row(fallen) is None
 
 
 def test_scores_without_spread_are_found() -> None:
@@ -169,6 +230,24 @@ def test_scores_without_spread_are_found() -> None:
     value = torch.zeros_like(one.score.value)
     value[0] = 1.0  # one group of six varies
     assert status(checks.spread(replace(one, score=Score(value, one.score.verdict)))) == "warn"
+
+
+def test_spread_is_not_told_of_too_little() -> None:
+    one = patient()
+    assert one.score is not None
+    for rows in ([0, 3, 6], [0, 1, 2]):  # a response a prompt; one prompt
+        few = replace(one, sampled=one.sampled.select(rows), score=one.score.select(rows))
+        found = checks.spread(few)
+        assert found is not None
+        assert (found.status, found.figure.partition(",")[0]) == ("warn", "not measured")
+
+
+def test_a_row_without_a_verdict_is_not_asked_alone() -> None:
+    """Alone it would be all of its batch, more than may be missing; among others it is one of many."""
+    reward = FunctionReward(
+        lambda completions, **_: [None if "2" in t else 1.0 for t in completions], name="some", max_missing=0.9
+    )
+    assert status(checks.row_by_row(patient(reward=reward))) == "pass"
 
 
 def test_a_score_that_is_the_length_is_found() -> None:
@@ -222,3 +301,9 @@ def test_the_verb_looks_prints_and_stops_where_something_fails(
     line = ["doctor", "--model", "tiny", "--task", "addition", "--reward", f"{reward}:score"]
     with pytest.raises(ValueError, match=r"1 of \d+ checks failed \(spread of the score"):
         cli.dispatch(line)
+    reward.write_text("def score(completions, **_):\n    raise OSError('no connection')\n")
+    with pytest.raises(ValueError, match=r"1 of \d+ checks failed \(verdicts: the reward failed"):
+        cli.dispatch(line)
+    assert "no connection" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="train is 'none', which trains nothing of a policy"):
+        cli.dispatch([*line, "--train", "none"])

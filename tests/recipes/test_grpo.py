@@ -11,9 +11,11 @@ import torch
 
 from tiny_policy_gradient import build_grpo
 from tiny_recipes import LIKED, liked_share, liking, policy, task
+from tokenmdp import gate
 from tokenmdp.functional import returns
 from tokenmdp.models.policy import Policy
 from tokenmdp.models.sampling import Sampling
+from tokenmdp.models.target import Target
 from tokenmdp.recipes import grpo
 from tokenmdp.rewards.function import FunctionReward
 from tokenmdp.run import Run
@@ -202,6 +204,23 @@ def test_the_reference_never_changes(tmp_path: Path) -> None:
     for sync in (1, 2):
         _, reference, _ = train(tmp_path / str(sync), liking(), **{**PLAIN, "sync": sync})
         assert reference.fingerprint() == policy().fingerprint()
+
+
+def test_a_stale_sampler_is_measured_when_it_was_refreshed(tmp_path: Path) -> None:
+    """Of six phases two apart, the first and the third; and what it is measured against is the learner."""
+    train(tmp_path / "run", liking(), **{**PLAIN, "sync": 2, "steps": 6})
+    found = [json.loads(line) for line in (tmp_path / "run" / "gate.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in found] == [0, 1]
+    assert all(line["ratio_first_update"] == pytest.approx(1, abs=1e-4) for line in found)
+    assert found[1]["sampler_learner_mean_difference"] < 1e-4
+
+
+def test_a_sampler_that_is_not_refreshed_when_it_is_due_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Target, "follow", lambda self, rate: None)
+    with pytest.raises(gate.NotOnePolicy, match="stale weights"):
+        train(tmp_path / "run", liking(), **{**LEARNING, "sync": 2, "steps": 6, "learning_rate": 0.1})
 
 
 @pytest.mark.parametrize(

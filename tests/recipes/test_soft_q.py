@@ -124,3 +124,10 @@ def test_a_phase_without_a_verdict_takes_no_step(tmp_path: Path) -> None:
 def test_what_is_outside_its_range_is_named(changes: dict[str, Any], word: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=word):
         run_soft_q(tmp_path / "run", **changes)
+
+
+def test_a_stale_sampler_is_measured_when_it_was_refreshed(tmp_path: Path) -> None:
+    run_soft_q(tmp_path / "run", sync=2, steps=4)
+    found = [json.loads(line) for line in (tmp_path / "run" / "gate.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in found] == [0, 1]
+    assert found[1]["sampler_learner_mean_difference"] < 1e-4

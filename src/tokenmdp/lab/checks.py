@@ -10,7 +10,7 @@ A check looks at the user's own model, prompts, reward and data, a few rows of e
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,9 +29,13 @@ from tokenmdp.types import Batch, Pairs, Prompt, Reward, Score
 Status = Literal["pass", "warn", "fail"]
 GRADIENT = {"float64": 1e-9, "float32": 1e-3, "bfloat16": 0.05, "float16": 0.02}  # relative, what rounding explains
 FEW = 6  # rows that are looked at one by one
-ALIKE, LONGER = 0.8, 0.7  # shares of groups without spread, and of longer winners, from which it is a warning
+ALIKE, LONGER = (
+    0.8,
+    0.7,
+)  # shares of groups without spread, and of longer (or shorter) winners, from which it is a warning
+EQUAL = 0.1  # share of pairs with two equal sides from which it is one
 LENGTH = 0.5  # rank correlation of score and length from which it is a warning
-REPLY = "zebra"  # what is put where an assistant's reply goes
+REPLY = "zebra"  # what is put where a message goes
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Patient:
         train: what of the policy would train.
         sampling: how they were sampled.
         reward: what would judge, and score, what it said of `sampled`; None without one.
+        fault: what it said instead, where it failed.
         data: what would be learned from, where there is such a file.
         max_tokens: where the responses of `data` were cut.
     """
@@ -75,6 +80,7 @@ class Patient:
     sampling: Sampling
     reward: Reward | None = None
     score: Score | None = None
+    fault: str = ""
     data: Batch | Pairs | None = None
     max_tokens: int = 256
 
@@ -94,6 +100,19 @@ def gradient(policy: Policy) -> Tensor:
     return torch.cat([w.grad.flatten() for _, w in policy.trained() if w.grad is not None]).float()
 
 
+def around(policy: Policy, roles: Sequence[str], begin_reply: bool = False) -> str | None:
+    """What the chat template writes after the last message; None where it shows no message, or refuses such a chat."""
+    chat = [{"role": role, "content": REPLY if role == roles[-1] else "a"} for role in roles]
+    for system in ([], [{"role": "system", "content": "a"}]):  # some templates want one
+        try:
+            text = policy.chat([*system, *chat], begin_reply=begin_reply)
+        except ValueError:
+            continue
+        at = text.lower().rfind(REPLY)  # some write a message in capitals
+        return None if at < 0 else text[at + len(REPLY) :]
+    return None
+
+
 def within(x: float, limit: float) -> Status:
     """A fail where a figure is beyond its limit, or is no number."""
     return "pass" if x <= limit else "fail"
@@ -108,9 +127,11 @@ def end_of_turn(p: Patient) -> Finding:
     ends = ", ".join(repr(tokenizer.convert_ids_to_tokens(i)) for i in policy.eos_ids)
     if not tokenizer.chat_template:
         return Finding("end of a response", "pass", ends, "these tokens end a response; there is no chat template")
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": REPLY}]
-    text = str(tokenizer.apply_chat_template(chat, tokenize=False))
-    after = policy.encode(text.rpartition(REPLY)[2])
+    rest = around(policy, ("user", "assistant"))
+    if rest is None:
+        says = "the chat template does not show the reply of a plain chat, so what it ends one with cannot be told: look at it"
+        return Finding("end of a response", "warn", ends, says)
+    after = policy.encode(rest.lstrip())  # some write a blank before the end
     if after and after[0] in policy.eos_ids:
         return Finding("end of a response", "pass", ends, "the chat template ends a reply with one of them")
     written = repr(tokenizer.convert_ids_to_tokens(after[0])) if after else "nothing"
@@ -140,14 +161,21 @@ def ending_learned(p: Patient) -> Finding:
     student = p.policy.twin(p.train)
     student.evaluate(b)["logp"][torch.arange(len(b)), last].sum().backward()
     norm = float(gradient(student).norm())
+    if not norm > 0:
+        says = f"a demonstration's end has no gradient in what would train ({p.train}): are the weights zero, or not numbers?"
+        return Finding("the end is learned", "fail", f"gradient norm {norm:.2g}", says)
     says = "a demonstration's last token is its end, counts in the loss and has a gradient"
-    return Finding("the end is learned", "pass" if norm > 0 else "fail", f"gradient norm {norm:.2g}", says)
+    return Finding("the end is learned", "pass", f"gradient norm {norm:.2g}", says)
 
 
 def template_used(p: Patient) -> Finding:
     """An instruct model is asked through its chat template."""
+    turn = around(p.policy, ("user",), begin_reply=True) if p.policy.tokenizer.chat_template else None
     special = set(p.policy.tokenizer.all_special_ids)
-    marked = sum(bool(special & set(q.ids[len(p.policy.opening) :])) for q in p.prompts)
+    marked = sum(
+        q.text.endswith(turn) if turn and turn.strip() else bool(special & set(q.ids[len(p.policy.opening) :]))
+        for q in p.prompts
+    )
     figure = f"{marked} of {len(p.prompts)} prompts"
     if not p.policy.tokenizer.chat_template or marked == len(p.prompts):
         return Finding(
@@ -294,8 +322,16 @@ def preferences(p: Patient) -> Finding | None:
     one, other = (b.action.sum(-1) for b in (p.data.chosen, p.data.rejected))
     differ = one != other
     equal = int(data.alike(p.data).sum())
-    share = float((one > other)[differ].float().mean()) if bool(differ.any()) else 0.5
-    figure = f"{share:.0%} of winners are longer, {equal} of {len(p.data)} pairs are alike"
+    longer = float((one > other)[differ].float().mean()) if bool(differ.any()) else 0.5
+    share, way = max((longer, "longer"), (1 - longer, "shorter"))
+    figure = f"{share:.0%} of winners are {way}, {equal} of {len(p.data)} pairs are alike"
+    if equal == len(p.data):
+        says = "no pair prefers anything: were both sides read from one column, or is the difference in the prompt?"
+        return Finding("preferences", "fail", figure, says)
+    if equal > EQUAL * len(p.data):
+        return Finding(
+            "preferences", "warn", figure, "pairs with two equal sides teach nothing: how did they come about?"
+        )
     if share <= LONGER:
         return Finding("preferences", "pass", figure, "length alone would not get far")
     says = "a reward that only counts tokens would be right that often: watch lengths, and judge with reward-eval"
@@ -307,6 +343,8 @@ def preferences(p: Patient) -> Finding | None:
 
 def verdicts(p: Patient) -> Finding | None:
     """How many responses the reward could not judge."""
+    if p.fault:
+        return Finding("verdicts", "fail", "the reward failed", p.fault)
     if p.score is None:
         return None
     missing = int((~p.score.verdict).sum())
@@ -325,6 +363,9 @@ def spread(p: Patient) -> Finding | None:
     rows, value = p.score.verdict, p.score.value
     groups = [value[(p.sampled.group == g) & rows] for g in p.sampled.group.unique()]
     groups = [g for g in groups if len(g) > 1]
+    if len(groups) < 2:
+        says = "it takes two prompts or more with two judged responses or more each: ask for more prompts and samples"
+        return Finding("spread of the score", "warn", f"not measured, on {len(groups)} prompts", says)
     alike = sum(bool(g.max() == g.min()) for g in groups)
     figure = f"mean {float(value[rows].mean()):.3g}, alike in {alike} of {len(groups)} prompts"
     if bool(value[rows].max() == value[rows].min()):
@@ -365,15 +406,17 @@ def length_bias(p: Patient) -> Finding | None:
 
 def row_by_row(p: Patient) -> Finding | None:
     """The reward says of a row what it says of it alone, every time."""
-    if p.reward is None:
+    if p.reward is None or p.score is None or not bool(p.score.verdict.any()):
         return None
-    b = p.sampled.select(range(min(FEW, len(p.sampled))))
+    b = p.sampled.select(p.score.verdict.nonzero()[:FEW, 0])
     tolerance = 1e-4 if p.compute in ("float32", "float64") else 0.2
     begun = time.monotonic()
     try:
         contracts.check_reward(p.reward, b, tolerance)
     except contracts.ContractBroken as fault:
         return Finding("score of a row", "fail", "depends on more", str(fault))
+    except Exception as fault:  # it judged these rows among others
+        return Finding("score of a row", "fail", "the reward failed", f"asked again: {type(fault).__name__}: {fault}")
     calls = len(b) * 4
     return Finding(
         "score of a row",

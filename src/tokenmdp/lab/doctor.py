@@ -26,7 +26,7 @@ from tokenmdp.models.policy import Policy
 from tokenmdp.models.sampling import Sampling
 from tokenmdp.run import Run
 from tokenmdp.tasks import data, files
-from tokenmdp.types import Batch, Pairs
+from tokenmdp.types import Batch, Pairs, Reward, Score
 
 SCRATCH = True  # a tool: it leaves no run folder behind unless one is asked for
 
@@ -53,7 +53,12 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
 
     Raises:
         Unwell: a check failed; the table says which and what to do.
+        ValueError: `train` leaves nothing of the policy to train.
     """
+    if cfg.train in ("none", "head"):
+        raise ValueError(
+            f"train is {cfg.train!r}, which trains nothing of a policy: give all, top-N (blocks) or lora-R (rank)"
+        )
     policy = catalog.load(cfg.model).freeze()
     task = tasks.load(cfg.task, policy)
     prompts = task.draw(min(cfg.prompts, len(task.train)), run.rng)
@@ -62,6 +67,7 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     sampled = policy.sample(prompts, cfg.samples, sampling, run.rng)
     seconds = time.monotonic() - begun
     reward = rewards.load(cfg.reward, policy) if cfg.reward else task.reward
+    score, fault = judged(reward, sampled)
     patient = Patient(
         policy=policy,
         prompts=prompts,
@@ -70,7 +76,8 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
         train=cfg.train,
         sampling=sampling,
         reward=reward,
-        score=None if reward is None else reward(sampled),
+        score=score,
+        fault=fault,
         data=read(cfg.data, policy, cfg.max_tokens) if cfg.data else None,
         max_tokens=cfg.max_tokens,
     )
@@ -84,6 +91,16 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
             f"{count['fail']} of {len(found)} checks failed ({named}): what they mean stands in the table above"
         )
     return {"passed": count["pass"], "warnings": count["warn"], "checks": [asdict(one) for one in found]}
+
+
+def judged(reward: Reward | None, b: Batch) -> tuple[Score | None, str]:
+    """What a reward says of a batch, or why it says nothing."""
+    if reward is None:
+        return None, ""
+    try:
+        return reward(b), ""
+    except Exception as fault:  # whatever breaks the user's reward is what the doctor is asked to find
+        return None, f"{type(fault).__name__}: {fault}"
 
 
 def read(source: str, policy: Policy, max_tokens: int) -> Batch | Pairs:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import transformers
 from jaxtyping import Float, Int
+from jinja2 import TemplateError
 from torch import Tensor
 
 from tokenmdp import mdp
@@ -146,9 +147,7 @@ class Policy:
                     f"row {row} holds chat messages, but the tokenizer of {self.name} has no chat template: give plain text, "
                     "or a tokenizer whose chat_template is set"
                 )
-            shown = str(
-                self.tokenizer.apply_chat_template([dict(m) for m in text], tokenize=False, add_generation_prompt=True)
-            )
+            shown = self.chat(text, f"row {row}", begin_reply=True)
             ids = self.encode(shown)
         if len(ids) >= self.context:
             raise ValueError(
@@ -156,6 +155,25 @@ class Policy:
                 "needs room too: shorten or drop the row"
             )
         return Prompt(tuple(ids), shown, row, dict(columns or {}))
+
+    def chat(self, messages: Sequence[Mapping[str, str]], where: str = "a chat", begin_reply: bool = False) -> str:
+        """Chat messages as the tokenizer's template writes them, with `begin_reply` up to where a reply would begin.
+
+        Raises:
+            ValueError: the template refuses them, such as one that wants a system message first.
+        """
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    [dict(m) for m in messages], tokenize=False, add_generation_prompt=begin_reply
+                )
+            )
+        except TemplateError as fault:
+            roles = ", ".join(str(m.get("role")) for m in messages)
+            raise ValueError(
+                f"the chat template of {self.name} refuses the messages of {where} (roles {roles}): {fault}; give them as the "
+                "template wants them"
+            ) from None
 
     def response_text(self, prompt: Sequence[int], response: Sequence[int]) -> str:
         """What the response adds to the prompt's text (a word tokenizer's joining space included)."""
@@ -373,6 +391,11 @@ class Policy:
         Only those positions are projected to the vocabulary: the shift by one is here.
         """
         rows, at = batch.action.nonzero(as_tuple=True)
+        if batch.tokens.shape[1] > self.context:
+            raise ValueError(
+                f"rows of {batch.tokens.shape[1]} tokens exceed the context of {self.name}, {self.context}: take shorter "
+                "responses, or a model that reads as far"
+            )
         if self._linear_head is None:
             self._linear_head = self.head_is_linear()
             self.paths["logits"] = (

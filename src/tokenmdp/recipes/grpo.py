@@ -179,6 +179,9 @@ def train(
         # 2. Look: the policy that sampled, the reference.
         old = evaluate(sampler, b, "logp", "entropy")
         logp_old, logp_ref = old["logp"], evaluate(reference, b, "logp")["logp"]
+        refreshed = step // cfg.sync if step % cfg.sync == 0 else None  # how often: now sampler and learner are one
+        measured = stale and refreshed is not None and gate.due(refreshed)
+        logp_own = evaluate(policy, b, "logp")["logp"] if measured else logp_old
 
         # 3. Better or worse than the other samples of the prompt, on the tokens that made it so.
         paid = scheme.paid(b, score)
@@ -231,8 +234,9 @@ def train(
         if gold is not None:
             truth = gold(drawn)
             metrics["objective/gold"] = measures.mean(truth.value, truth.verdict)
-        ratio = learned[0]["val/ratio"] / learned[0]["w"] if learned and cfg.sync == 1 else None
-        gate.check(step, run, policy, b, logp_old, logp_ref if start is None else None, ratio)
+        if refreshed is not None:
+            ratio = learned[0]["val/ratio"] / learned[0]["w"] if learned else None
+            gate.check(refreshed, run, policy, b, logp_own, logp_ref if start is None else None, ratio)
         run.log(step, metrics, headline=("objective/scores", "objective/kl"))
     return policy, {}
 

@@ -109,7 +109,7 @@ def train(
         rows = score.verdict
         now, logp_ref = look(policy, b, "logp", "entropy"), look(reference, b, "logp")["logp"]
         if step % cfg.sync == 0:  # later the sampler is behind on purpose
-            gate.check(step, run, policy, b, now["logp"], logp_ref)
+            gate.check(step // cfg.sync, run, policy, b, now["logp"], logp_ref)
 
         # 2. What Q should be, by the rest of each path and the target network.
         paid = scheme.paid(b, score)

@@ -202,8 +202,7 @@ class _Rows:
             self._append(prompt, [*self._after(prompt, answer), self.policy.eos_ids[0]])
             return
         assert isinstance(asked, list), "formats gives a message for messages only"
-        template = self.policy.tokenizer.apply_chat_template
-        whole = str(template([*asked, *answer], tokenize=False))
+        whole = self.policy.chat([*asked, *answer], f"row {prompt.row}")
         if not whole.startswith(prompt.text):
             raise ValueError(
                 f"row {prompt.row}: the chat template of {self.policy.name} writes a conversation differently once "
