@@ -32,6 +32,7 @@ Finished parts are kept in --runs and not taken again; a run that was killed goe
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -96,14 +97,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if args.seeds:
         size = replace(size, seeds=args.seeds, model_seeds=args.seeds)
     folder = args.runs / f"reward_from_demos{'-quick' if args.quick else ''}"
-    results: dict[str, Any] = {"command": common.command(), **common.machine(), "size": asdict(size)}
+    about = {"command": common.command(), **common.machine(), "size": asdict(size)}
+    results: dict[str, Any] = {}
+    if args.json is not None and args.json.exists():  # other parts' figures stay
+        results = json.loads(args.json.read_text(encoding="utf-8"))
     for part in args.parts:
         seeds = range(size.model_seeds if part == "model" else size.seeds)
         works = {"modes": modes_of, "toy": toy_of, "model": model_of}[part](size, folder, args.source)
         found = {str(seed): staged(folder, part, seed, size, works) for seed in seeds}
-        results[part] = {"seeds": found, "passed": THRESHOLDS[part](found), "verdict": in_words(part, found)}
+        results[part] = {**about, "seeds": found, "passed": THRESHOLDS[part](found), "verdict": in_words(part, found)}
         common.write(args.json, results)
-    show(results)
+    show({part: results[part] for part in args.parts})
     return results
 
 
