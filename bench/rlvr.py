@@ -22,7 +22,7 @@ cores without matrix units a seed of GRPO takes about 30 minutes, the shared par
     coin     at every seed pass@1 after GRPO is above that after the coin, paired by problem: the interval is above 0
 
 Against `sft-more` there is no threshold: it is said. A first try, 24 phases at the rate 5e-5, missed both of its own (pass@1
-+3.3, +1.1 and +2.4 points, none significant; pass@8 −3.5, −8.0, −3.5); these are 48 phases at 1e-4.
++3.3, +1.1 and +2.4 points, none significant; pass@8 −3.5, −8.0, −3.5); these are 36 phases at 1e-4.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ FULL = Size(
         model="sft",
         task="arithmetic",
         reward="numeric",
-        steps=48,
+        steps=36,
         prompts=10,
         samples=8,
         max_new_tokens=36,
