@@ -113,7 +113,9 @@ def cell(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "broken": sum(bool(f["failure"]) for f in found),
         "kl_mean": ends([f["kl_mean"] for f in found]),
         "kl_largest": [round(f["kl_largest"], 5) for f in found],
-        "kl_spike": ends([f["kl_largest"] for f in found]),
+        "kl_spike": [  # on the logarithmic scale it is drawn on: a divergence is positive, and spreads by factors
+            None if x is None else round(10**x, 6) for x in ends([math.log10(f["kl_largest"]) for f in found])
+        ],
         "clipped": round(float(np.mean([f["clipped"] for f in found])), 4),
         "curve": [round(float(x), 4) for x in np.mean(trimmed([f["curve"] for f in found]), axis=0)],
     }
@@ -160,7 +162,7 @@ def picture(results: Mapping[str, Any]) -> str:
     for k, ((rate, cells), role) in enumerate(zip(results["cells"].items(), ("sft", "bon"), strict=False)):
         for panel, (figure, axes) in enumerate(figures):
             rows = [cells[f"{c:g}"][("iqm", "kl_spike")[panel]] for c in CLIPS]
-            shown = [[None if y is None else (y, math.log10(max(y, 1e-5)))[panel] for y in row] for row in rows]
+            shown = [[None if y is None else (y, math.log10(y))[panel] for y in row] for row in rows]
             x = [i + 0.08 * (k - 0.5) for i in range(len(CLIPS))]
             axes.plot(x, [y for y, _, _ in shown], color=colour(role), linewidth=2, marker="o", markersize=4)
             for at, (_, low, high) in zip(x, shown, strict=True):

@@ -51,6 +51,9 @@ def test_a_cell_by_hand(clip: Any) -> None:
     assert found["iqm"][0] == pytest.approx(0.502)  # seeds 1, 2, 3
     assert found["gain"][0] == pytest.approx(0.102)
     assert found["broken"] == 1
+    middle, low, high = found["kl_spike"]  # of 0.01000 to 0.01004
+    assert 0 < low < middle < high
+    assert middle == pytest.approx(0.01002, abs=1e-6)
     assert found["curve"] == [0.3, 0.4]  # as long as the shortest
 
 
