@@ -70,11 +70,12 @@ def test_a_teacher_with_another_vocabulary_is_refused() -> None:
 
 
 def test_a_reference_with_a_shorter_context_is_refused(tmp_path: Path) -> None:
-    start, short = tiny(max_position_embeddings=64), tiny("gpt2", n_positions=16)
+    start, short = tiny(), tiny("gpt2", n_positions=16)
     short.save(tmp_path / "short")
-    with pytest.raises(ValueError, match=r"the context of the reference .* is 16 tokens, that of llama 64"):
-        reference(str(tmp_path / "short"), start)
-    assert reference("", start) is start
+    with pytest.raises(ValueError, match=r"the context of the reference .* is 16 tokens, and .* makes 17"):
+        reference(str(tmp_path / "short"), start, 17)
+    assert reference(str(tmp_path / "short"), start, 16).context == 16
+    assert reference("", start, 17) is start
     with pytest.raises(ValueError, match="rows of 20 tokens exceed the context of gpt2, 16"):
         short.evaluate(batch([([1], [2] * 19)]))
 

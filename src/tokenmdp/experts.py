@@ -122,20 +122,23 @@ def check_vocabularies(student: Policy, teacher: Policy) -> None:
     )
 
 
-def reference(name: str, start: Policy) -> Policy:
+def reference(name: str, start: Policy, longest: int) -> Policy:
     """The frozen model called `name` that a policy's KL is measured to; the start itself where no name is given.
 
+    Args:
+        longest: tokens of the longest row it is to read.
+
     Raises:
-        ValueError: there is no such model, its tokens are not the start's, or its context is shorter.
+        ValueError: there is no such model, its tokens are not the start's, or such a row exceeds its context.
     """
     if not name:
         return start
     other = catalog.load(name).freeze()
     check_vocabularies(start, other)
-    if other.context < start.context:
+    if other.context < longest:
         raise ValueError(
-            f"the context of the reference {other.name} is {other.context} tokens, that of {start.name} {start.context}: it could "
-            "not read every response; take a reference whose context is as long"
+            f"the context of the reference {other.name} is {other.context} tokens, and the longest prompt with max_new_tokens "
+            f"makes {longest}: take a reference that reads as far, shorter prompts, or fewer new tokens"
         )
     return other
 

@@ -145,12 +145,35 @@ def test_the_rows_by_hand():
 
 
 def test_a_prompt_without_a_verdict_is_no_score_of_zero():
-    """Both have a verdict on two prompts only: 0.6 - 0.2 and 0.8 - 0.3; the mean of the run is over its own three."""
+    """Both have a verdict on two prompts only: 0.6 - 0.2 and 0.8 - 0.3."""
     start, mine = result("start", [0.2, 0.3, None, 0.9], "baseline"), result("good", [0.6, 0.8, 0.1, None])
-    assert ranking.final(mine, start) == pytest.approx(0.5)
+    start, mine = ranking.shared([start, mine])
+    assert ranking.final(mine, start) == pytest.approx(0.7)
     assert ranking.beats(mine, start).mean == pytest.approx(0.45)
-    nowhere = ranking.beats(result("good", [None, None, 0.1, None]), start)
-    assert not nowhere.low > 0  # nothing in common: no gain that anyone saw
+
+
+def test_a_run_that_is_hardly_judged_takes_no_prompts_from_the_others():
+    """It is judged on one of the start's four prompts: a failure that counts as its start."""
+    start, good = result("start", [0.1, 0.2, 0.3, 0.4], "baseline"), result("good", [0.5, 0.6, None, 0.8])
+    runs = [start, good, result("mute", [None, 9.0, None, None]), result("broken", [], failure="crash")]
+    found = ranking.shared(runs)
+    assert [r["scores"] for r in found] == [[0.1, 0.2, 0.4], [0.5, 0.6, 0.8], [], []]
+    assert [r["failure"] for r in found] == ["", "", "no verdict", "crash"]
+    assert found[2]["message"] == "judged on 1 of the start's 4 prompts"
+
+
+def test_a_solver_that_silences_the_judge_where_it_is_hard_does_not_rank_first():
+    """`mute` is judged on the two easy prompts of four alone and gains .1 there, `good` gains 1 everywhere."""
+    start = [0.0, 0.0, 10.0, 10.0]
+    found = {
+        "start": [result("start", start, "baseline") for _ in range(5)],
+        "good": [result("good", [x + 1.0 + 0.01 * s for x in start]) for s in range(5)],
+        "mute": [result("mute", [None, None, 10.1 + 0.01 * s, 10.1 + 0.01 * s]) for s in range(5)],
+    }
+    rows = ranking.rows_of(found, solvers.BASELINES)
+    assert [row["solver"] for row in rows] == ["good", "mute", "start"]
+    assert rows[0]["prompts"] == 2
+    assert rows[0]["gain"]["mean"] == pytest.approx(1.02)
 
 
 def test_the_gain_is_over_prompts_that_both_were_judged_on_and_missing_verdicts_are_told():

@@ -138,7 +138,9 @@ def test_a_chat_whose_marks_are_plain_text_is_a_chat() -> None:
 def test_a_template_that_refuses_a_chat_is_an_error_that_says_so() -> None:
     policy = tiny_policies.tiny()
     policy.tokenizer.chat_template = "{{ raise_exception('I want a system message') }}"
-    with pytest.raises(ValueError, match=r"refuses the messages of row 3 \(roles user\): I want a system message"):
+    with pytest.raises(
+        ValueError, match=r"refuses the messages of row 3 \(roles user\): TemplateError: I want a system message"
+    ):
         policy.prompt([{"role": "user", "content": "2+2="}], row=3)
     asked = [policy.prompt("2+2=")]
     one = Patient(policy.freeze(), asked, policy.sample(asked, 2, SAMPLING, torch.Generator()), 1.0, "all", SAMPLING)

@@ -15,7 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from tokenmdp import mdp
 from tokenmdp.models import catalog
 from tokenmdp.models.sampling import Sampling
-from tokenmdp.prompting import choose, judged, proxy, stacked
+from tokenmdp.prompting import choose, estimate, judged, proxy, stacked
 from tokenmdp.prompting import log as logs
 from tokenmdp.prompting.log import Builder, Log
 
@@ -198,6 +198,7 @@ def test_an_estimate_that_few_trials_carry_is_not_told() -> None:
     assert found["second"]["overlap"]["effective"] < 30
     said = judged.in_words(found, "second")
     assert said.startswith("Nothing can be told: weighted to this choice the log's 1000 trials are worth")
+    assert "questions, and an estimate takes 30 or more" in said
 
 
 @pytest.mark.parametrize(
@@ -229,6 +230,26 @@ def test_a_choice_half_of_which_was_never_tried_is_not_told() -> None:
     assert "weighted to this choice the log's trials have a mean weight" in judged.in_words(found, "second")
     turned = judged.choices(one, {"first": second * 0}, second, value=value)
     assert "weighted to the best constant prompt the log's trials have a mean" in judged.in_words(turned, "first")
+
+
+def test_a_chooser_does_not_believe_a_log_whose_propensities_are_not_its_own() -> None:
+    log = sparse(log_of(0.8, 1200))
+    chooser = choose.Chooser(stacked.named("logistic")).fit(replace(log, propensity=log.propensity / 5))
+    assert chooser.gain is None
+    assert chooser.abstains
+
+
+def test_repeats_of_one_draw_are_no_trials_more() -> None:
+    """100 questions, one prompt of three drawn for each and asked ten times: worth as many as are in accord, not ten times."""
+    drawn = np.repeat([0, 1, 2], [40, 30, 30]).repeat(10)
+    question = np.arange(100).repeat(10)
+    found = estimate.overlap(3.0 * (drawn == 0), question)
+    assert found.effective == pytest.approx(40)
+    assert found.fault("it") == ""
+    assert found.mean == pytest.approx(1.2)  # which trials taken as independent would call significant
+    few = estimate.overlap(np.ones(30), np.arange(3).repeat(10))
+    assert few.effective == pytest.approx(3)
+    assert "worth 3 questions" in few.fault("it")
 
 
 def test_without_propensities_such_a_log_tells_nothing() -> None:
@@ -362,7 +383,8 @@ def test_after_asking_all_by_hand(tmp_path: Path) -> None:
     """Three prompts on two questions: the surest answer, the one a critic likes best, and the one given twice."""
     said = [("q", "a", "It is 4.", 1.0, -1.0), ("q", "b", "5", 0.0, -0.1), ("q", "c", "4.0", 1.0, -2.0)]
     said += [("r", "a", "7", 0.0, -0.1), ("r", "b", "8", 1.0, -0.2), ("r", "c", "so 7", 0.0, -3.0)]
-    said += [("s", "a", "none", 0.0, -0.1), ("s", "b", "no idea", 0.0, -0.2), ("s", "c", "who knows", 0.0, -3.0)]
+    # Nobody gave a number: no vote, and that is wrong, whatever the answers were worth.
+    said += [("s", "a", "none", 1.0, -0.2), ("s", "b", "no idea", 0.0, -0.1), ("s", "c", "who knows", 0.0, -3.0)]
     said += [("t", "a", "7", 1.0, -0.1)]  # was not tried with all prompts, and does not count
     rows = [
         {"query_id": q, "query": f"question {q}", "prompt_id": p, "response": t, "reward": r, "confidence": c}
@@ -376,7 +398,7 @@ def test_after_asking_all_by_hand(tmp_path: Path) -> None:
     found = judged.after_asking(log, np.zeros(4, dtype=np.int64), scores={"critic": critic})
     means = {name: row["reward"]["mean"] for name, row in found.items()}
     assert means == pytest.approx({"confidence": 0.0, "critic": 2 / 3, "vote": 1 / 3})
-    assert found["vote"]["over_constant"]["mean"] == pytest.approx(0.0)  # the constant a is right on q alone
+    assert found["vote"]["over_constant"]["mean"] == pytest.approx(-1 / 3)  # the constant a is right on q and s
     assert {(row["queries"], row["calls"]) for row in found.values()} == {(3, 3)}
     again = tmp_path / "again.jsonl"
     logs.write(log, again)

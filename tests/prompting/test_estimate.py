@@ -49,7 +49,7 @@ def test_by_hand() -> None:
     found = {name: estimate.estimate(name, log, policy, value, resamples=50).mean for name in estimate.ESTIMATORS}
     assert found == pytest.approx({"direct": 0.5, "ips": 2.0, "snips": 0.75, "dr": 7 / 6})
     w = estimate.weights(log, policy)
-    about = estimate.overlap(w)
+    about = estimate.overlap(w, at)
     assert about.effective == pytest.approx(64 / 24)  # (2 + 4 + 2)² / (4 + 16 + 4)
     assert about.largest == 0.5
 

@@ -331,3 +331,12 @@ def test_by_name_with_options():
         rewards.load("numeric:tolerance=much", policy)
     with pytest.raises(ValueError, match="did you mean numeric"):
         rewards.load("numerik", policy)
+
+
+def test_long_texts_are_read_from_a_blank_on_and_in_linear_time() -> None:
+    """Half a numeral at the cut is no answer; what made regular expressions retry for hours is read at once."""
+    for text in ("The answer is 12345" + "." + " " * 99_997, "-5" + " apples" + " " * 99_992, "2^10 kg" + " " * 99_995):
+        assert numerals.answer(text) is None
+    assert numerals.answer("7 " * 60_000 + "The answer is 12.") == numerals.Numeral(Fraction(12))
+    assert numerals.answer("the answer to" + " " * 90_000) is None
+    assert numerals.answer("The answer is: " * 6_000) is None

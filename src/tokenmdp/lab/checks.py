@@ -35,7 +35,7 @@ ALIKE, LONGER = (
 )  # shares of groups without spread, and of longer (or shorter) winners, from which it is a warning
 EQUAL = 0.1  # share of pairs with two equal sides from which it is one
 LENGTH = 0.5  # rank correlation of score and length from which it is a warning
-REPLY = "zebra"  # what is put where a message goes
+REPLY = "zebraquagga"  # what is put where a message goes
 
 
 @dataclass(frozen=True)
@@ -324,14 +324,16 @@ def preferences(p: Patient) -> Finding | None:
     equal = int(data.alike(p.data).sum())
     longer = float((one > other)[differ].float().mean()) if bool(differ.any()) else 0.5
     share, way = max((longer, "longer"), (1 - longer, "shorter"))
-    figure = f"{share:.0%} of winners are {way}, {equal} of {len(p.data)} pairs are alike"
+    figure = f"{share:.0%} of winners are {way}" if bool(differ.any()) else "no pair differs in length"
+    figure += f", {equal} of {len(p.data)} pairs are alike"
     if equal == len(p.data):
-        says = "no pair prefers anything: were both sides read from one column, or is the difference in the prompt?"
+        says = f"up to {p.max_tokens} tokens no pair prefers anything: were both sides read from one column, or cut too soon?"
         return Finding("preferences", "fail", figure, says)
     if equal > EQUAL * len(p.data):
-        return Finding(
-            "preferences", "warn", figure, "pairs with two equal sides teach nothing: how did they come about?"
+        says = (
+            f"pairs with two sides that are equal up to {p.max_tokens} tokens teach nothing: how did they come about?"
         )
+        return Finding("preferences", "warn", figure, says)
     if share <= LONGER:
         return Finding("preferences", "pass", figure, "length alone would not get far")
     says = "a reward that only counts tokens would be right that often: watch lengths, and judge with reward-eval"

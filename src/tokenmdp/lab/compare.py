@@ -15,6 +15,7 @@ judged on training prompts that are held out for it, at seeds that are not in th
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
@@ -37,6 +38,7 @@ from tokenmdp.models.parts import in_parts
 from tokenmdp.models.policy import Policy
 from tokenmdp.models.sampling import Sampling
 from tokenmdp.recipes import sft
+from tokenmdp.rewards.function import RewardFailure
 from tokenmdp.run import Run
 from tokenmdp.tasks import Task
 from tokenmdp.types import Reward
@@ -230,8 +232,9 @@ class Lab:
         }
         if isinstance(answers, Policy):
             greedy = answers.sample(prompts, 1, Sampling(cfg.max_new_tokens, temperature=0.0), rng)
-            said = self.judge(greedy)
-            out["greedy"] = measures.mean(said.value, said.verdict) if bool(said.verdict.any()) else None
+            with contextlib.suppress(RewardFailure):  # what was sampled has its verdicts; these are a figure beside it
+                said = self.judge(greedy)
+                out["greedy"] = measures.mean(said.value, said.verdict) if bool(said.verdict.any()) else None
             moved = in_parts(lambda part: {"kl": answers.kl_to(self.start, part)}, b)["kl"]
             out["kl"] = float(moved.sum()) / len(b)
         return out
@@ -327,7 +330,11 @@ def rates(lab: Lab, names: Sequence[str]) -> dict[str, float]:
         for at, rate in enumerate(GRID)
     ]
     best: dict[str, tuple[float, float]] = {}
+    tried: dict[str, list[dict[str, Any]]] = {}
     for trial, found in zip(trials, conduct_all(lab, trials), strict=True):
+        tried.setdefault(trial.solver, []).append(found)
+    level = [found for runs in tried.values() for found in (ranking.shared(runs) if runs[0]["scores"] else runs)]
+    for trial, found in zip(trials, level, strict=True):
         score = ranking.mean(found["scores"]) if found["scores"] else -math.inf
         if trial.solver not in best or score > best[trial.solver][0]:
             best[trial.solver] = (score, trial.rate)

@@ -1,8 +1,8 @@
 """What several runs of several solvers allow one to say: aggregates with intervals, failures, and a verdict in words.
 
-    final score of a run      mean over held-out prompts and their responses, over those that got a verdict; a run that
-                              crashed delivers no policy and counts as its start
-    gain                      over the start at the same seed, over the prompts on which both got a verdict
+    final score of a run      mean over the held-out prompts on which every run of that seed got a verdict, and over their
+                              responses; a run that crashed delivers no policy and counts as its start, and so does one
+                              that left less than half of what the start was judged on in common
     failure                   it crashed; a number was not finite; or it did not beat its start significantly, by the 95 %
                               interval of the difference over held-out prompts, paired by prompt, of that seed
     aggregate                 the interquartile mean over seeds, with its stratified bootstrap interval; of fewer than eight
@@ -39,13 +39,9 @@ def mean(scores: Sequence[float | None]) -> float:
 
 
 def beats(result: Result, start: Result) -> stats.Interval:
-    """The gain over the start at one seed, paired by prompts that both got a verdict on; without an interval where nothing
-    differs or one prompt is all there is."""
-    a, b = (np.asarray(r["scores"], dtype=np.float64) for r in (result, start))  # None becomes NaN
-    both = ~(np.isnan(a) | np.isnan(b))
-    a, b = a[both], b[both]
-    if not len(a):
-        return stats.Interval(float("nan"), float("-inf"), float("inf"))
+    """The gain over the start at one seed, paired by prompt; without an interval where nothing differs or one prompt is all
+    there is."""
+    a, b = (np.asarray(r["scores"], dtype=np.float64) for r in (result, start))
     try:
         return stats.paired_bootstrap(a, b, resamples=2_000)
     except ValueError:  # no spread, or one prompt: there is nothing to resample
@@ -57,6 +53,32 @@ def unjudged(result: Result) -> float | None:
     return result["no_verdict"] / result["responses"] if result.get("responses") else None
 
 
+def shared(runs: Sequence[Result]) -> list[Row]:
+    """Runs with their scores on the prompts that all of them got a verdict on: scores of different prompts compare badly.
+
+    A run that would leave less than half of what the first was judged on is a failure, and takes nothing from the others.
+
+    Args:
+        runs: of one seed, the first of them judged on some prompt.
+    """
+    known = [np.array([x is not None for x in run["scores"]], dtype=np.bool_) for run in runs]
+    inside = [i for i, run in enumerate(runs) if run["scores"]]
+    while True:
+        common = np.logical_and.reduce([known[i] for i in inside])
+        if 2 * common.sum() >= known[0].sum() or len(inside) == 1:
+            break
+        inside.remove(min(inside[1:], key=lambda i: int((known[i] & known[0]).sum())))
+    out = []
+    for i, run in enumerate(runs):
+        kept = [x for x, both in zip(run["scores"], common, strict=True) if both] if i in inside else []
+        mute = i not in inside and bool(run["scores"])
+        judged = (
+            f"judged on {int((known[i] & known[0]).sum())} of the start's {int(known[0].sum())} prompts" if mute else ""
+        )
+        out.append({**run, "scores": kept, **({"failure": "no verdict", "message": judged} if mute else {})})
+    return out
+
+
 def rows_of(results: Mapping[str, Sequence[Result]], baselines: Sequence[str]) -> list[Row]:
     """One row a solver, the highest aggregate first.
 
@@ -64,6 +86,9 @@ def rows_of(results: Mapping[str, Sequence[Result]], baselines: Sequence[str]) -
         results: of each solver one a seed, in the same order of seeds; "start" among them, judged at every seed.
         baselines: what every solver is compared with; those of them that were run.
     """
+    names = ["start", *(name for name in results if name != "start")]
+    by_seed = [shared(runs) for runs in zip(*(results[name] for name in names), strict=True)]
+    results = {name: [runs[i] for runs in by_seed] for i, name in enumerate(names)}
     start = results["start"]
     scores = {name: [final(r, s) for r, s in zip(found, start, strict=True)] for name, found in results.items()}
     found = [
@@ -95,6 +120,7 @@ def row_of(
         "failed": sum(failures.values()),
         "runs": len(mine),
         "no_verdict": _mean([unjudged(r) for r in mine]),
+        "prompts": min(len(r["scores"]) for r in start),
         "messages": sorted({r["message"] for r in mine if r["message"]}),
         **{key: _mean([r[key] for r in ran]) for key in ("greedy", "kl", "tokens", "seconds")},
         "curves": [r["curve"] for r in mine],
@@ -193,8 +219,8 @@ def _unjudged(rows: Sequence[Row]) -> str:
     if not shares:
         return ""
     return (
-        f"The judge gave no verdict on some responses ({', '.join(shares)}); they are in no score, so where the shares "
-        "differ the scores are of different prompts: read the gains, which are over prompts that both were judged on."
+        f"The judge gave no verdict on some responses ({', '.join(shares)}); they are in no score, and all are compared on the "
+        f"prompts that every run of a seed was judged on, {rows[0]['prompts']} at the fewest."
     )
 
 

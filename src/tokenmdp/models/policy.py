@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import transformers
 from jaxtyping import Float, Int
-from jinja2 import TemplateError
 from torch import Tensor
 
 from tokenmdp import mdp
@@ -168,11 +167,11 @@ class Policy:
                     [dict(m) for m in messages], tokenize=False, add_generation_prompt=begin_reply
                 )
             )
-        except TemplateError as fault:
+        except Exception as fault:  # a template is a program of somebody else's: it may raise, or fail, in any way
             roles = ", ".join(str(m.get("role")) for m in messages)
             raise ValueError(
-                f"the chat template of {self.name} refuses the messages of {where} (roles {roles}): {fault}; give them as the "
-                "template wants them"
+                f"the chat template of {self.name} refuses the messages of {where} (roles {roles}): {type(fault).__name__}: "
+                f"{fault}; give them as the template wants them"
             ) from None
 
     def response_text(self, prompt: Sequence[int], response: Sequence[int]) -> str:

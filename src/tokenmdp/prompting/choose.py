@@ -180,8 +180,9 @@ def gained(
     """What picks earn over the constant on the log's queries, less what the prompts cost, with its 95 % interval.
 
     Where (nearly) everything was tried it is the mean difference; else, by propensities, the doubly robust estimate; else
-    the mean difference on the queries where both were tried, and None if that leaves out most of those that move, or
-    fewer questions than an interval can be trusted for.
+    the mean difference on the queries where both were tried. None if that leaves out most of those that move, or
+    fewer questions than an interval can be trusted for; or if the log says too little of either policy, or its
+    propensities are not its own (`estimate.Overlap`).
 
     Args:
         picks, constant: [Q] prompts.
@@ -193,6 +194,9 @@ def gained(
     cost = np.zeros(table.shape[1]) if charge is None else charge
     if not whole(log) and log.propensity is not None:
         policies = [estimate.greedy(x, table.shape[1]) for x in (picks, constant)]
+        lies = [estimate.overlap(estimate.weights(log, policy), group[log.query]) for policy in policies]
+        if any(one.fault("it") for one in lies):
+            return None
         found = estimate.difference(log, policies[0], policies[1], np.nan_to_num(value), group, seed)
         dearer = float((cost[picks] - cost[constant])[at].mean())
         return Interval(*(end - dearer for end in found))

@@ -24,18 +24,21 @@ from tokenmdp.prompting.log import Log
 from tokenmdp.stats import Interval
 
 ESTIMATORS = ("direct", "ips", "snips", "dr")
+WORTH = 30  # questions that a log must be worth, weighted to a policy, for an estimate to be told
+OFF = 0.1  # how far from 1, noise apart, the mean weight may be
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """Whether the log says anything about the policy.
+    """Whether the log says anything about the policy. Trials of one question are taken together: W is the sum of theirs.
 
     Attributes:
-        effective: (Σ w)² / Σ w², the number of trials the weights are worth.
-        largest: the largest weight's share of their sum.
+        trials: how many there are.
+        effective: (Σ W)² / Σ W², the number of questions the weights are worth.
+        largest: the largest W's share of their sum.
         mean: the mean of w, which is 1 in expectation; less by the probability that π gives to prompts to which μ gives
             none, and anything else where the propensities are not those by which prompts were tried.
-        margin: 1.96 standard errors of `mean`, trials taken as independent.
+        margin: three standard errors of `mean` over questions: a log that is what it says is off by more once in 400 times.
     """
 
     trials: int
@@ -43,6 +46,24 @@ class Overlap:
     largest: float
     mean: float
     margin: float
+
+    def fault(self, called: str) -> str:
+        """Why the log tells nothing of the policy `called` so; empty where it does."""
+        if self.effective < WORTH:
+            return (
+                f"weighted to {called} the log's {self.trials} trials are worth {self.effective:.0f} questions, and an estimate "
+                f"takes {WORTH} or more"
+            )
+        if abs(self.mean - 1) <= max(OFF, self.margin):
+            return ""
+        why = (
+            "in part it asks for prompts that were never tried there, or the propensities are too large"
+            if self.mean < 1
+            else "the propensities are smaller than the chances by which its prompts were tried"
+        )
+        return (
+            f"weighted to {called} the log's trials have a mean weight of {self.mean:.2f}, where it should be 1: {why}"
+        )
 
 
 def weights(
@@ -136,15 +157,23 @@ def difference(
     return grouped_ratio(one - two, np.ones(len(log)), groups[log.query], seed=seed)
 
 
-def overlap(w: NDArray[np.float64]) -> Overlap:
-    """What the weights say about how far the log speaks of the policy."""
-    total, squares = float(w.sum()), float((w**2).sum())
+def overlap(w: NDArray[np.float64], question: NDArray[np.int64]) -> Overlap:
+    """What the weights say about how far the log speaks of the policy.
+
+    Args:
+        w: [N] of the trials.
+        question: [N] which question each is of.
+    """
+    _, at, count = np.unique(question, return_inverse=True, return_counts=True)
+    own = np.bincount(at, w)  # W
+    total, squares, mean = float(own.sum()), float((own**2).sum()), float(w.mean())
+    spread = own - mean * count
     return Overlap(
         trials=len(w),
         effective=total**2 / squares if squares else 0.0,
-        largest=float(w.max()) / total if total else 0.0,
-        mean=float(w.mean()),
-        margin=1.96 * float(w.std(ddof=1)) / len(w) ** 0.5 if len(w) > 1 else float("inf"),
+        largest=float(own.max()) / total if total else 0.0,
+        mean=mean,
+        margin=3 * float(np.sqrt((spread**2).sum())) / len(w) if len(own) > 1 else float("inf"),
     )
 
 

@@ -16,12 +16,10 @@ from numpy.typing import NDArray
 
 from tokenmdp import stats
 from tokenmdp.prompting import choose, estimate, intervals, leaks, splits, stacked
-from tokenmdp.prompting.log import NOTHING, UNKNOWN, Log, retest
+from tokenmdp.prompting.log import UNKNOWN, Log, retest
 from tokenmdp.prompting.proxy import Proxy
 
 CONSTANT = "best constant (train)"
-WORTH = 30  # trials that a log must be worth, weighted to a policy, for an estimate to be told
-OFF = 0.1  # how far from 1, noise apart, the mean weight may be
 
 
 def auc(score: NDArray[np.float64], right: NDArray[np.bool_]) -> float | None:
@@ -184,7 +182,7 @@ def _estimated(
             "over_constant": estimate.difference(log, policy, policies[CONSTANT], filled, group, seed)._asdict(),
             "queries": len(log.tried()),
             "checked": 1.0,
-            "overlap": asdict(estimate.overlap(estimate.weights(log, policy))),
+            "overlap": asdict(estimate.overlap(estimate.weights(log, policy), group[log.query])),
         }
         for name, policy in policies.items()
     }
@@ -231,7 +229,9 @@ def after_asking(
     if log.answer is not None:
         kept = [choose.vote([None if a < 0 else a for a in said]) for said in log.answer[trial].tolist()]
         # Where nobody gave a number, nothing was voted for, and that is wrong.
-        voted = np.array([NOTHING if k is None else k for k in kept])[:, None] == log.answer[trial]
+        voted = np.array(
+            [[k is not None and a == k for a in said] for k, said in zip(kept, log.answer[trial], strict=True)]
+        )
         worth = np.where(voted.any(1), reward[rows, voted.argmax(1)], 0.0)
         earned["vote"] = np.where((log.answer[trial] == UNKNOWN).any(1), np.nan, worth)
     known = {name: ~np.isnan(value) for name, value in earned.items()}
@@ -265,7 +265,8 @@ def in_words(found: Mapping[str, Mapping[str, Any]], name: str, abstaining: str 
             f"{found[name]['checked']:.0%} of the queries, and it gives no propensities."
         )
     for who, called in ((name, "this choice"), (CONSTANT, "the best constant prompt")):
-        if fault := _unsupported(found[who].get("overlap"), called):
+        lies = found[who].get("overlap")
+        if fault := estimate.Overlap(**lies).fault(called) if lies else "":
             return f"Nothing can be told: {fault}."
     if abstaining and gain["low"] > 0 and not found[abstaining]["over_constant"]["low"] > 0:
         told = ", but not reliably: going by what other questions of this log say, one would mostly not have chosen"
@@ -275,27 +276,6 @@ def in_words(found: Mapping[str, Mapping[str, Any]], name: str, abstaining: str 
     if gain["high"] < 0:
         return f"Choosing a prompt per query is worse here: {span}."
     return f"No significant gain from choosing a prompt per query: {span}."
-
-
-def _unsupported(lies: Mapping[str, float] | None, called: str) -> str:
-    """Why a log tells nothing of a policy; empty where it does, or where nothing was estimated."""
-    if lies is None:
-        return ""
-    if lies["effective"] < WORTH:
-        return (
-            f"weighted to {called} the log's {lies['trials']} trials are worth {lies['effective']:.0f}, and an estimate takes "
-            f"{WORTH} or more"
-        )
-    if abs(lies["mean"] - 1) <= max(OFF, lies["margin"]):
-        return ""
-    why = (
-        "in part it asks for prompts that were never tried there, or the propensities are too large"
-        if lies["mean"] < 1
-        else "the propensities are smaller than the chances by which its prompts were tried"
-    )
-    return (
-        f"weighted to {called} the log's trials have a mean weight of {lies['mean']:.2f}, where it should be 1: {why}"
-    )
 
 
 def _span(x: Mapping[str, float]) -> str:

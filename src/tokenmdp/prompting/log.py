@@ -180,6 +180,8 @@ def read(
     path = Path(source).expanduser()
     builder = Builder(texts, model, answers)
     for number, row in enumerate(champ.rows(path) if champ.recognised(path) else files.stream(source), 1):
+        if ".csv" in path.suffixes:  # an empty cell says nothing, not that the response was empty
+            row = {name: value for name, value in row.items() if value != ""}
         builder.add(row, f"{source}, row {number}")
     log = builder.build(str(source))
     return log.only(only) if only else log
@@ -351,7 +353,7 @@ class Builder:
             "trials": len(reward),
             "queries": len(self.queries),
             "prompts": len(self.prompts),
-            "repeated": int((repeat > 0).sum()),
+            "repeated": len(reward) - len(set(zip(self.columns["query"], self.columns["prompt"], strict=True))),
             "untried": len(self.queries) * len(self.prompts) - len(self.seen),
         }
         return Log(

@@ -222,9 +222,9 @@ def train(
 def main(cfg: Config, run: Run) -> dict[str, object]:
     """Load the reference, the reward and the prompts, train, save the policy to `model/` in the run folder."""
     start = catalog.load(cfg.model).freeze()
-    reference = experts.reference(cfg.reference, start)
-    reward = rewards.load(cfg.reward, start)
     task = tasks.load(cfg.task, start)
+    reference = experts.reference(cfg.reference, start, task.longest + cfg.max_new_tokens)
+    reward = rewards.load(cfg.reward, start)
     gold = rewards.load(cfg.gold, start) if cfg.gold else None
     # Without a reward model to start from, the critic is a value head of zeros on the start's own body.
     body = start.backbone

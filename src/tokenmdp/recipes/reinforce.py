@@ -190,9 +190,9 @@ def train(
 def main(cfg: Config, run: Run) -> dict[str, object]:
     """Load the reference, the reward and the prompts, train, save the policy to `model/` in the run folder."""
     start = catalog.load(cfg.model).freeze()
-    reference = experts.reference(cfg.reference, start)
-    reward = rewards.load(cfg.reward, start)
     task = tasks.load(cfg.task, start)
+    reference = experts.reference(cfg.reference, start, task.longest + cfg.max_new_tokens)
+    reward = rewards.load(cfg.reward, start)
     gold = rewards.load(cfg.gold, start) if cfg.gold else None
     policy, figures = train(cfg, reference, reward, task, run, gold, start if cfg.reference else None)
     saved = policy.publish(run.folder / "model")

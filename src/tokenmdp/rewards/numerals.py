@@ -70,7 +70,7 @@ _DECIMAL = re.compile(r"\d*[.,]\d+|\d+")
 _PIECE = re.compile(r"\d+(?:\.\d+)?")
 
 _MARK = re.compile(
-    r"(?P<box>\\boxed\s*\{)|####|\banswer(?:\s+to\s+[^.\n]{1,60}?)?[\s*_]*"
+    r"(?P<box>\\boxed\s*\{)|####|\banswer(?:\s{1,4}to\s{1,4}[^.\n]{1,60}?)?[\s*_]{0,9}"
     r"(?:\s(?:is|was|equals|will be|would be|should be|comes to)\b|[:=])",
     re.IGNORECASE,
 )
@@ -110,14 +110,15 @@ def answer(text: str) -> Numeral | None:
     that never closes, is no answer. Without any mark the last number of the text counts. A number that is part of an
     expression, or stands beside `or` or after `not`, is no answer. Of a longer text the last 100,000 characters are read.
     """
-    text = text[-_READ:]
+    if len(text) > _READ:  # from the first blank on, for what stands before it may be half a number
+        text = re.sub(r"\A\S*", "", text[-_READ:])
     marks = list(_MARK.finditer(text))
     if not marks:
         return _alone(text, -1)
     inside = _marked(text, marks[-1])
     for mark in reversed(marks):
         line = _marked(text, mark)
-        if mark["box"] or mark[0] == "####" or _AT_ONCE.match(_plain(line)):
+        if mark["box"] or mark[0] == "####" or _AT_ONCE.match(_plain(line[:_LONGEST])):
             inside = line
             break
     sentence = _SENTENCE.split(inside, maxsplit=1)[0]

@@ -54,6 +54,11 @@ class Task:
                 f"the task {self.name} has no prompts to learn on: its data is empty or all of it is held out"
             )
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(len(prompt.ids) for prompt in (*self.train, *self.held_out))
+
     def draw(self, k: int, rng: torch.Generator) -> list[Prompt]:
         """`k` different training prompts at random; `rng` alone decides which.
 

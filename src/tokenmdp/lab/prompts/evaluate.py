@@ -6,7 +6,7 @@
                the oracle (in hindsight the best, so where answers vary by chance, part of it is luck), paired by query, with
                intervals that resample questions; where the log has responses, also what it earns to ask every prompt and
                keep the surest answer, or the one given most often; where it tried only part of the prompts, estimated off-policy, with
-               what the log is worth for each policy (effective trials) and the share of it that was never tried
+               what the log is worth for each policy (effective questions) and the mean weight, which should be 1
 """
 
 from __future__ import annotations
@@ -150,12 +150,12 @@ def tables(found: dict[str, Any]) -> list[Table]:
         "reward [95 %]",
         "over the best constant",
         "queries",
-        *["worth, trials", "mean weight"] * estimated,
+        *["worth, questions", "mean weight"] * estimated,
     ):
         first.add_column(name, justify="left" if name == "choice" else "right")
     for name, row in found["choices"].items():
         lies = row.get("overlap")
-        diagnosed = [f"{lies['effective']:.0f} of {lies['trials']}", f"{lies['mean']:.2f}"] if lies else []
+        diagnosed = [f"{lies['effective']:.0f}", f"{lies['mean']:.2f}"] if lies else []
         calls = "–" if name == "oracle" else str(row.get("calls", 1))
         first.add_row(name, calls, span(row["reward"]), span(row["over_constant"]), str(row["queries"]), *diagnosed)
     second = Table(title="what Υ says of held-out trials", title_justify="left")
