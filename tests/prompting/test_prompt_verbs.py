@@ -173,5 +173,5 @@ def test_estimates_come_with_what_the_log_is_worth(tmp_path: Path, capsys: pytes
     worth = summary["choices"]["logistic"]["overlap"]
     assert 150 < worth["effective"] < 250
     assert worth["trials"] == 400
-    assert "worth, trials" in said
+    assert "worth, questions" in said
     assert "largest weight" in page
