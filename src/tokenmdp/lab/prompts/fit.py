@@ -55,8 +55,9 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     gain = chooser.gain
     if cfg.abstain and gain is None:
         run.note(
-            "the log tried too few prompts on the same queries to tell what choosing gains, and gives no propensities: it will "
-            "use the best constant prompt (--no-abstain chooses all the same)"
+            "the log does not tell what choosing gains: it tried too few prompts on the same queries, and its propensities are "
+            "missing, are not those it was made by, or leave too few questions (`prompts evaluate` says which); it will use the "
+            "best constant prompt (--no-abstain chooses all the same)"
         )
     if log.prompts == log.prompt_ids:
         run.note(
