@@ -107,7 +107,7 @@ def row_of(
     trains = name != "start"
     failures = {kind: sum(r["failure"] == kind for r in mine) for kind in ("crash", "non-finite", "no verdict")}
     failures["not better"] = sum(not g.low > 0 or not np.isfinite(g.low) for g in gains) if trains else 0
-    gained = [beats(r, s).mean if r["scores"] else 0.0 for r, s in zip(mine, start, strict=True)]
+    gained = [a - b for a, b in zip(scores[name], scores["start"], strict=True)]
     return {
         "solver": name,
         "family": mine[0]["family"],
