@@ -115,6 +115,7 @@ def test_evaluate_says_whether_choosing_pays(tmp_path: Path, capsys: pytest.Capt
     rows = summary["by_cluster"]
     assert sum(row["queries"] for row in rows) == summary["facts"]["queries"]
     assert {row["after"] - row["before"] for row in summary["changed"]} == {1.0, -1.0}
+    assert 0 < summary["moved"]["both_tried"] == summary["moved"]["queries"] < summary["facts"]["queries"]
 
 
 def test_a_published_split_that_leaks_is_stopped(tmp_path: Path) -> None:
@@ -173,5 +174,12 @@ def test_estimates_come_with_what_the_log_is_worth(tmp_path: Path, capsys: pytes
     worth = summary["choices"]["logistic"]["overlap"]
     assert 150 < worth["effective"] < 250
     assert worth["trials"] == 400
+    # Each query met one prompt, so of no query is it known what another would have done; kinds are estimated, too.
+    assert summary["moved"]["queries"] > 100
+    assert summary["moved"]["both_tried"] == 0
+    assert summary["changed"] == []
+    assert "on 0 of these the log tried both" in page
+    gains = [row["over_constant"] for row in summary["by_cluster"] if "over_constant" in row]
+    assert any(gain["low"] > 0 for gain in gains)
     assert "worth, questions" in said
     assert "largest weight" in page

@@ -8,11 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenmdp import stats
-from tokenmdp.prompting import intervals, leaks
+from tokenmdp.prompting import choose, leaks
 from tokenmdp.prompting.features import Features
 from tokenmdp.prompting.log import Log
 
-KINDS, FEWEST, WORDS = 6, 20, 3  # clusters at most, queries in one that make an interval, words of its name
+KINDS, FEWEST, WORDS = 6, 20, 3  # clusters at most, queries to one on average, words of its name
 EXAMPLES, LONGEST = 16, 240  # rows, and characters of a text
 
 
@@ -36,11 +36,16 @@ def by_prompt(log: Log, pick: NDArray[np.int64]) -> list[dict[str, Any]]:
     return out
 
 
-def by_cluster(log: Log, pick: NDArray[np.int64], constant: NDArray[np.int64], seed: int = 0) -> list[dict[str, Any]]:
+def by_cluster(
+    log: Log, pick: NDArray[np.int64], constant: NDArray[np.int64], value: NDArray[np.float64], seed: int = 0
+) -> list[dict[str, Any]]:
     """A row a kind of query: words that set it apart, and what the pick gains over the constant there.
 
+    Args:
+        value: [Q, P] Υ that did not see these trials, for estimates of what the log did not try.
+
     Returns:
-        Nothing for logs of fewer than 40 queries; kinds of fewer than 20, or in which nothing differs, have no interval.
+        Nothing for logs of fewer than 40 queries; kinds of which the log says too little have no interval (`choose.gained`).
     """
     tried = log.tried()
     texts = [log.queries[i] for i in tried]
@@ -57,13 +62,10 @@ def by_cluster(log: Log, pick: NDArray[np.int64], constant: NDArray[np.int64], s
         names = counts.get_feature_names_out()
     except ValueError:  # no word is there twice
         seen, names = np.zeros((len(texts), 1)), np.asarray(["query"])
-    table, group = log.matrix(), leaks.groups(log.queries)
+    group = leaks.groups(log.queries)
     out = []
     for number in range(count):
         here = np.flatnonzero(kind == number)
-        at = tried[here]
-        gained = table[at, pick[at]] - table[at, constant[at]]
-        known = ~np.isnan(gained)
         apart = seen[here].mean(0) - seen.mean(0)
         middle = here[len(here) // 2]
         row: dict[str, Any] = {
@@ -71,10 +73,19 @@ def by_cluster(log: Log, pick: NDArray[np.int64], constant: NDArray[np.int64], s
             "queries": len(here),
             "text": texts[middle][:LONGEST],
         }
-        if len(np.unique(group[at][known])) >= FEWEST:
-            row["over_constant"] = intervals.grouped_mean(gained[known], group[at][known], seed=seed)._asdict()
+        gain = choose.gained(log.of_queries(tried[here]), pick, constant, value, group, seed=seed)
+        if gain is not None:
+            row["over_constant"] = gain._asdict()
         out.append(row)
     return out
+
+
+def moved(log: Log, pick: NDArray[np.int64], constant: NDArray[np.int64]) -> dict[str, int]:
+    """On how many queries the pick is another prompt than the constant, and on how many of these the log tried both."""
+    tried, table = log.tried(), log.matrix()
+    at = tried[pick[tried] != constant[tried]]
+    both = ~np.isnan(table[at, pick[at]]) & ~np.isnan(table[at, constant[at]])
+    return {"queries": len(at), "both_tried": int(both.sum())}
 
 
 def changed(log: Log, pick: NDArray[np.int64], constant: NDArray[np.int64]) -> list[dict[str, Any]]:

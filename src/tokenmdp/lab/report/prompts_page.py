@@ -41,6 +41,7 @@ def sections(summary: Figures) -> dict[str, Any]:
         "overlap": list(overlap(summary)),
         "asked_all": "vote" in summary.mapping("choices") or "confidence" in summary.mapping("choices"),
         "changed": summary.rows("changed"),
+        "moved": moved(summary),
     }
 
 
@@ -88,6 +89,15 @@ def overlap(summary: Figures) -> Iterator[tuple[str, ...]]:
         if (worth := found.number("x.overlap.effective")) is not None:
             trials, largest = count(found.number("x.overlap.trials")), percent(found.number("x.overlap.largest"))
             yield name, count(worth), trials, largest, num(found.number("x.overlap.mean"))
+
+
+def moved(summary: Figures) -> str:
+    """How often the pick is another prompt than the constant, and how often the log can say what that changed."""
+    others, both = summary.number("moved.queries"), summary.number("moved.both_tried")
+    if others is None or both is None:
+        return ""
+    said = f"The pick is another prompt than the constant on {count(others)} of {count(summary.number('facts.queries'))} queries"
+    return f"{said}." if both == others else f"{said}; on {count(both)} of these the log tried both."
 
 
 def rows(summary: Figures, part: str, key: str) -> Iterator[figures.Rung]:
