@@ -25,7 +25,7 @@ LAYERS = [
     ("types", "mdp", "stats", "growth", "ledger"),
     ("functional",),
     ("models",),
-    ("tasks", "rewards", "experts", "prompting"),
+    ("tasks", "rewards", "experts", "prompting", "environment"),
     ("config", "learner", "parallel", "run", "gate", "judge"),
     ("recipes",),
     ("testing",),
