@@ -26,7 +26,7 @@ LAYERS = [
     ("functional",),
     ("models",),
     ("tasks", "rewards", "experts", "prompting", "environment"),
-    ("config", "learner", "parallel", "run", "gate", "judge"),
+    ("config", "learner", "parallel", "monitors", "run", "gate", "judge"),
     ("recipes",),
     ("testing",),
     ("lab",),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -30,10 +32,20 @@ def test_responses_count_actions_ends_and_verdicts() -> None:
     assert measures.responses(b, score) == {
         "completions/mean_length": 2.0,
         "completions/clipped_ratio": 0.5,
+        "completions/distinct_across": 1.0,  # (3, 4) and (4, 0)
         "num_tokens": 4.0,
         "no_verdict": 1.0,
         "rewards/my_file_py_fn": 4.0,
     }
+
+
+def test_variety_is_across_prompts_and_not_within_one() -> None:
+    # First responses: (3, 4, 0) and (3, 4): the pairs 34, 40, 34. What else a prompt was answered does not count.
+    b = replace(
+        batch([([1], [3, 4, 0]), ([1], [3, 4, 0]), ([2], [3, 4]), ([2], [5, 6])]), group=torch.tensor([7, 7, 9, 9])
+    )
+    assert measures.distinct_across(b) == pytest.approx(2 / 3)
+    assert measures.distinct_across(batch([([1], [3]), ([1], [4])])) == 0.0  # nothing has a neighbour
 
 
 def test_a_critic_without_rows_explains_nothing() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -47,19 +48,35 @@ def average(updates: Sequence[Mapping[str, float]], name: str, over: str = "") -
 
 
 def responses(b: Batch, score: Score) -> dict[str, float]:
-    """Lengths, truncation, missing verdicts, and the mean of every part of a mixed reward over that part's verdicts.
+    """Lengths, truncation, variety, missing verdicts, and the mean of every part of a mixed reward over its verdicts.
 
     Returns:
         `completions/mean_length` (tokens), `completions/clipped_ratio` (share of responses that did not end by
-        themselves), `num_tokens` (response tokens sampled), `no_verdict` (rows), and `rewards/NAME` a part.
+        themselves), `completions/distinct_across` (see `distinct_across`), `num_tokens` (response tokens sampled),
+        `no_verdict` (rows), and `rewards/NAME` a part.
     """
     return {
         "completions/mean_length": float(b.action.sum(-1).float().mean()),
         "completions/clipped_ratio": float((~b.ended).float().mean()),
+        "completions/distinct_across": distinct_across(b),
         "num_tokens": float(b.action.sum()),
         "no_verdict": float((~score.verdict).sum()),
         **{f"rewards/{_plain(name)}": mean(part.value, part.verdict) for name, part in score.parts.items()},
     }
+
+
+def distinct_across(b: Batch) -> float:
+    """Different pairs of neighbouring tokens / pairs, over the first response to each prompt: 1 is no repetition.
+
+    Responses to one prompt may well agree, where it has one right answer; those to different prompts that do are a policy
+    that says one thing to everything. 0 where no response has two tokens.
+
+    Source: Li et al. 2016 (distinct-n), section 5.1. Differs: one response a prompt.
+    """
+    first = {int(group): row for row, group in reversed(list(enumerate(b.group.tolist())))}
+    said = [b.tokens[row][b.action[row]].tolist() for row in first.values()]
+    pairs = [pair for tokens in said for pair in itertools.pairwise(tokens)]
+    return len(set(pairs)) / len(pairs) if pairs else 0.0
 
 
 def sampler_difference(b: Batch, logp: Float[Tensor, "B L"]) -> dict[str, float]:

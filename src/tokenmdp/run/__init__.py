@@ -39,7 +39,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tokenmdp import __version__, mdp
+from tokenmdp import __version__, mdp, monitors
 from tokenmdp.run.dashboards import Sink, check_dashboards, open_dashboard
 from tokenmdp.run.files import (
     Chance,
@@ -54,6 +54,7 @@ from tokenmdp.run.files import (
     number_of,
     read_about,
     read_header,
+    read_lines,
     seed_the_global_streams,
     settle,
     sha256,
@@ -115,6 +116,7 @@ class Run:
         self._stages: dict[str, Run] = {}
         self._guard: TextIOWrapper | None = None
         self._bar: Bar | None = None
+        self._watch: monitors.Watch | None = None
         self._whole: list[Path] = []  # the checkpoints to trust, newest first
         self._repeating = self._stepping = False
         self._logged = time.monotonic()
@@ -442,7 +444,7 @@ class Run:
                 seal.unlink(missing_ok=True)
 
     def log(self, step: int, metrics: Mapping[str, float], headline: Sequence[str] = ()) -> None:
-        """Append one line to metrics.jsonl, and its wall-clock to times.jsonl.
+        """Append one line to metrics.jsonl, and its wall-clock to times.jsonl; say where the curves show a failure.
 
         Args:
             step: as `steps` counts, from 0.
@@ -459,6 +461,8 @@ class Run:
                     f"metric {name!r} of step {step} is {value}: only finite numbers, and no second 'step'"
                 )
         now = time.monotonic()
+        if self._watch is None and not self._repeating:
+            self._watch = monitors.watched(read_lines(self.folder / "metrics.jsonl"))  # of a run that goes on
         self.append("metrics.jsonl", {"step": int(step), **line})
         self.append(
             "times.jsonl", {"step": int(step), "seconds": round(now - self._logged, 4), "at": round(time.time(), 3)}
@@ -470,6 +474,8 @@ class Run:
             )
         for send, _ in () if self._repeating else self._boards:
             send(self._prefix, int(step), line)
+        for alarm in self._watch.see(int(step), line) if self._watch else ():
+            self.note(f"warning: step {step}, {alarm}")
 
     def append(self, name: str, obj: Mapping[str, Any]) -> None:
         """Append a JSON line to a file of the folder, such as samples.jsonl; resume cuts it as it cuts the metrics."""

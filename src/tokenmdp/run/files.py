@@ -74,6 +74,15 @@ def to_json(value: Mapping[str, Any], indent: int | None = 1, finite: bool = Tru
     return (json.dumps(value, indent=indent, allow_nan=not finite, ensure_ascii=False, default=_plain) + "\n").encode()
 
 
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a *.jsonl file, one a line; a line that was broken off says nothing, and no more does a file that is not there."""
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        for line in file:
+            with contextlib.suppress(ValueError):
+                if isinstance(found := json.loads(line), dict):
+                    yield found
+
+
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

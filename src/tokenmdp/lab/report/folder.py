@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tokenmdp.monitors import Alarm, watched
 from tokenmdp.stats import Interval
 
 STAGES = ("sft", "reward_model", "ppo")  # sub-folders a demo has; any other with a metrics.jsonl is shown too
@@ -107,6 +108,7 @@ class RunFolder:
         last: the last lines of metrics.jsonl, as they are.
         log: the last lines of log.txt.
         samples: the responses of samples.jsonl.
+        alarms: failure signatures in the metrics, each with the sub-folder it was seen in.
         notes: sentences about what could not be read.
     """
 
@@ -118,6 +120,7 @@ class RunFolder:
     last: list[Mapping[str, Any]]
     log: list[str]
     samples: list[Sample]
+    alarms: list[tuple[str, Alarm]]
     notes: list[str] = field(default_factory=list)
 
 
@@ -152,6 +155,7 @@ def read(folder: str | Path) -> RunFolder:
         last=lines.get("", [])[-12:],
         log=_tail(path / "log.txt"),
         samples=samples,
+        alarms=[(where, alarm) for where, rows in lines.items() for alarm in watched(rows).given.values()],
         notes=notes,
     )
 

@@ -1,0 +1,58 @@
+"""What the curves of a run look like: which failure signatures they show, at which step each was first seen.
+
+A run says the same while it runs (`tokenmdp.monitors`, where each signature and its limits stand); this reads it off any
+folder with a metrics.jsonl, its stages' included, from our runs or under the same metric names from elsewhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tokenmdp import monitors
+from tokenmdp.run import Run
+from tokenmdp.run.files import read_lines
+
+SCRATCH = True  # a tool: it leaves no run folder behind unless one is asked for
+
+
+@dataclass(frozen=True)
+class Config:
+    folder: str = "runs/ppo"  # the run
+
+
+def main(cfg: Config, run: Run) -> dict[str, Any]:
+    """Read the metrics, print the alarms.
+
+    Raises:
+        FileNotFoundError: there is no metrics.jsonl in the folder or in one below it.
+    """
+    root = Path(cfg.folder)
+    found = sorted(root.rglob("metrics.jsonl"))
+    if not found:
+        raise FileNotFoundError(f"there is no metrics.jsonl in {root} or below it: give the folder of a run")
+    alarms: list[dict[str, Any]] = []
+    asked: set[str] = set()
+    table = Table(title=f"{root}: what its curves show", title_justify="left")
+    for head in ("stage", "monitor", "step", "what it means"):
+        table.add_column(head, overflow="fold")
+    for path in found:
+        stage = path.parent.relative_to(root).as_posix().removeprefix(".")
+        watch = monitors.watched(read_lines(path))
+        asked |= {name for name, (_, reads) in monitors.MONITORS.items() if set(reads) <= watch.curves.keys()}
+        for alarm in watch.given.values():
+            alarms.append({"stage": stage, **asdict(alarm)})
+            table.add_row(Text(stage), alarm.monitor, str(alarm.step), Text(alarm.says))
+    if alarms:
+        Console(width=None if Console().is_terminal else 140).print(table)
+    blind = [name for name in monitors.MONITORS if name not in asked]
+    return {
+        "alarms": alarms or "none",
+        "asked": ", ".join(sorted(asked)) or "no monitor: none of the metrics they read is there",
+        "not_asked": ", ".join(f"{name} (needs {', '.join(monitors.MONITORS[name][1])})" for name in blind),
+    }
