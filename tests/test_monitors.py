@@ -63,9 +63,14 @@ def test_each_fires_on_its_own_failure_after_it_began(name: str) -> None:
 
 def test_deviations_are_those_of_the_noise_and_not_of_the_drift() -> None:
     # Differences of 1 from phase to phase: s² = 1/2. Ends 2 and 12 apart by 10, so 10 / (√½ · √(2/5)) = 22.36.
-    assert monitors.clear([float(t) for t in range(15)]) == pytest.approx(10 / (0.5 * 0.4) ** 0.5)
-    assert monitors.clear([1.0] * 20) == 0.0
-    assert monitors.clear([float(t) for t in range(2 * W - 1)]) == 0.0
+    rise = [float(t) for t in range(15)]
+    assert monitors.risen(rise) == pytest.approx(10 / (0.5 * 0.4) ** 0.5)
+    assert monitors.risen([1.0] * 20) == monitors.fallen([1.0] * 20) == 0.0
+    assert monitors.risen(rise[: 2 * W - 1]) == monitors.fallen(rise[: 2 * W - 1]) == 0.0
+    # Up to 9 and down again: the best five are 7, 8, 9, 8, 7.
+    there_and_back = [float(t) for t in [*range(10), *range(8, -1, -1)]]
+    assert monitors.highest(there_and_back) == pytest.approx((7 + 8 + 9 + 8 + 7) / 5)
+    assert monitors.fallen(there_and_back) == pytest.approx((7.8 - 2) / (0.5 * 0.4) ** 0.5)  # 4 … 0 in the end
 
 
 def test_a_leap_needs_a_past_and_a_size() -> None:

@@ -10,8 +10,8 @@
     leap         one phase moves the policy many times further than those before it
     overfitting  the loss on demonstrations that are held out rises again
 
-Most compare the last five phases with the first five; `clear` is how many deviations of such a mean the difference must
-have, the deviation being that of one phase's figure from the next, so that a slow drift does not count as noise. A monitor is
+They compare the last five phases with the first five, or with the best five since; where a difference is counted in
+deviations these are of one phase's figure from the next, so that a slow drift does not count as noise. A monitor is
 a rule on curves, no proof: how often each fires on a run with its failure planted, and on healthy runs, is in
 docs/monitors.md. No alarm does not mean that nothing is wrong: without `--gold` nothing here sees a hacked reward.
 """
@@ -26,14 +26,14 @@ from statistics import fmean, median
 from typing import Any
 
 WINDOW, RECENT = 5, 100  # phases that a mean is taken over; most that its noise and what is usual are read off
-CLEAR, GOLD_CLEAR = 6.0, 3.0  # deviations from which a difference counts; of gold, which is only asked whether it falls
+CLEAR = 6.0  # deviations from which a difference counts
 COLLAPSED = 0.5  # of the first phases' distinct-2
 GROWN = 2.0  # times the first phases' length, or that much shorter
 CUT = 0.3  # more of the responses than at first
-ALIKE = 0.9  # share of groups without spread
+ALIKE = 0.95  # share of groups without spread
 UNJUDGED = 0.1  # share of responses without a verdict
 LEAP, LEAST = 8.0, 0.05  # times the median of the phases before, and nats a token
-RISEN = 1.05  # times the lowest held-out loss
+RISEN = 1.2  # times the lowest held-out loss
 
 Curves = Mapping[str, Sequence[float]]
 
@@ -61,26 +61,45 @@ def ends(curve: Sequence[float]) -> tuple[float, float] | None:
     return None if len(curve) < 2 * WINDOW else (fmean(curve[:WINDOW]), fmean(curve[-WINDOW:]))
 
 
-def clear(curve: Sequence[float]) -> float:
-    """How many deviations of a mean of five lie between the two ends.
+def deviation(curve: Sequence[float]) -> float:
+    """That of a difference of two means of five, if phases differed by noise alone: s √(2 / 5),
 
-        ( mean of the last 5 − mean of the first 5 ) / ( s √(2 / 5) ),   s² = mean of (x_t − x_{t−1})² / 2 over the last 100
-
-    0 of fewer than ten values and where nothing changes.
+    s² = mean of (x_t − x_{t−1})² / 2 over the last 100
     """
-    if (both := ends(curve)) is None:
+    return math.sqrt(fmean((b - a) ** 2 for a, b in itertools.pairwise(curve[-RECENT:])) / WINDOW)
+
+
+def risen(curve: Sequence[float]) -> float:
+    """How many deviations the mean of the last five values lies above that of the first five; 0 of fewer than ten, and where
+    nothing changes.
+    """
+    if (both := ends(curve)) is None or not (s := deviation(curve)):
         return 0.0
-    s = math.sqrt(fmean((b - a) ** 2 for a, b in itertools.pairwise(curve[-RECENT:])) / 2)
-    return (both[1] - both[0]) / (s * math.sqrt(2 / WINDOW)) if s > 0 else 0.0
+    return (both[1] - both[0]) / s
+
+
+def fallen(curve: Sequence[float]) -> float:
+    """How many deviations the mean of the last five values lies below the highest of five before them, of the last 100."""
+    past = curve[-RECENT:-WINDOW]
+    if len(past) < WINDOW or not (s := deviation(curve)):
+        return 0.0
+    return (highest(past) - fmean(curve[-WINDOW:])) / s
+
+
+def highest(curve: Sequence[float]) -> float:
+    """The highest mean of five values in a row."""
+    sums = itertools.accumulate(curve, initial=0.0)
+    before = list(sums)
+    return max(b - a for a, b in zip(before, before[WINDOW:], strict=False)) / WINDOW
 
 
 def hacking(curves: Curves) -> str | None:
     score, gold = curves["objective/scores"], curves["objective/gold"]
-    if not (clear(score) > CLEAR and clear(gold) < -GOLD_CLEAR):
+    if not (risen(score) > CLEAR and fallen(gold) > CLEAR):
         return None
     return (
-        f"the score rose from {_span(score)} while the gold score fell from {_span(gold)}: what is learned is what the reward "
-        "overlooks; stop at an earlier checkpoint, raise `kl`, or mend the reward"
+        f"the score rose from {_span(score)} while the gold score {_fall(gold)}: what is learned is what the reward overlooks; "
+        "stop at an earlier checkpoint, raise `kl`, or mend the reward"
     )
 
 
@@ -140,10 +159,10 @@ def unjudged(curves: Curves) -> str | None:
 
 def falling(curves: Curves) -> str | None:
     score = curves["objective/scores"]
-    if not clear(score) < -CLEAR:
+    if not fallen(score) > CLEAR:
         return None
     return (
-        f"the score fell from {_span(score)}: training does harm by its own measure; lower the learning rate, clip, or look at "
+        f"the score {_fall(score)}: training does harm by its own measure; lower the learning rate, clip, or look at "
         "whether fresh responses are learned from"
     )
 
@@ -209,6 +228,11 @@ def watched(lines: Iterable[Mapping[str, Any]]) -> Watch:
         numbers = {k: v for k, v in line.items() if isinstance(v, int | float) and math.isfinite(v)}
         watch.see(int(numbers.pop("step", at)), numbers)
     return watch
+
+
+def _fall(curve: Sequence[float]) -> str:
+    """From where to where a curve fell, in words."""
+    return f"fell from {highest(curve[-RECENT:-WINDOW]):.3g} at its best to {fmean(curve[-WINDOW:]):.3g} in the last {WINDOW}"
 
 
 def _span(curve: Sequence[float]) -> str:

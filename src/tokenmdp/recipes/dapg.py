@@ -51,6 +51,7 @@ class Config:
     max_new_tokens: int = 24  # the horizon H, in tokens
     temperature: float = 1.0  # of sampling and of what is learned
     learning_rate: float = 2e-5
+    warmup: int = 0  # optimiser steps over which the rate rises; Adam's first are as large as any, and mostly noise
     kl: float = 0.05  # β, reward units a nat
     credit: str = "last"  # which tokens earn the score (see `rewards.assign`)
     train: str = "all"  # what of the policy trains: all | top-N blocks | lora-R rank
@@ -91,7 +92,7 @@ def train(
         )
     known = task.demonstrations
     policy = reference.twin(cfg.train, name="dapg")
-    actor = Learner(policy, cfg.learning_rate, tokens=cfg.micro_tokens)
+    actor = Learner(policy, cfg.learning_rate, warmup=cfg.warmup, tokens=cfg.micro_tokens)
     sampling = Sampling(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature)
     scheme = assign.load(cfg.credit, reward, reference, sampling)
     run.note(f"reference {reference.name} {reference.fingerprint()}; {len(known)} demonstrations")

@@ -75,6 +75,7 @@ class Config:
     max_new_tokens: int = 24  # the horizon H, in tokens
     temperature: float = 1.0  # of sampling and of the ratio
     learning_rate: float = 2e-5
+    warmup: int = 0  # optimiser steps over which the rate rises; Adam's first are as large as any, and mostly noise
     epochs: int = 1  # passes over a phase's responses
     minibatches: int = 2  # updates a pass
     clip: float = 0.2  # ε below, in units of the ratio; 0 for no clip (in cispo: no lower bound)
@@ -130,7 +131,7 @@ def train(
         start: where the policy starts, of the reference's vocabulary; None for the reference.
     """
     policy = (start or reference).twin(cfg.train, name="grpo")
-    actor = Learner(policy, cfg.learning_rate, tokens=cfg.micro_tokens)
+    actor = Learner(policy, cfg.learning_rate, warmup=cfg.warmup, tokens=cfg.micro_tokens)
     # Where it is refreshed before every phase, the sampler is the policy itself and needs no copy.
     sampler = policy if cfg.sync == 1 else (start or reference).twin(cfg.train, name="sampler")
     stale = [] if sampler is policy else [Target(sampler, policy)]

@@ -49,6 +49,7 @@ class Config:
     max_new_tokens: int = 24  # the horizon H, in tokens
     temperature: float = 1.0  # of sampling and of what is learned
     learning_rate: float = 2e-5
+    warmup: int = 0  # optimiser steps over which the rate rises; Adam's first are as large as any, and mostly noise
     epochs: int = 1  # passes over a phase's pairs
     minibatches: int = 1  # optimiser steps a pass
     truncation: float = 0.0  # reward units taken off a response that did not end by itself
@@ -100,7 +101,7 @@ def train(
         gold: a second reward that is only recorded, to see proxy and truth drift apart.
     """
     policy = reference.twin(cfg.train, name="online_dpo")
-    learner = Learner(policy, cfg.learning_rate, tokens=cfg.micro_tokens)
+    learner = Learner(policy, cfg.learning_rate, warmup=cfg.warmup, tokens=cfg.micro_tokens)
     sampling = Sampling(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature)
     run.note(f"reference {reference.name} {reference.fingerprint()}; policy starts as {policy.fingerprint()}")
 

@@ -55,6 +55,9 @@ class Config:
     max_new_tokens: int = 24  # the horizon H, in tokens
     temperature: float = 1.0  # of sampling and of the ratio
     learning_rate: float = 2e-5  # of the policy
+    warmup: int = (
+        0  # optimiser steps over which the policy's rate rises; Adam's first are as large as any, and mostly noise
+    )
     critic_learning_rate: float = 1e-3  # of the value head (and of the critic's body where it trains)
     epochs: int = 2  # passes over a phase's responses
     minibatches: int = 2  # optimiser steps a pass
@@ -119,7 +122,7 @@ def train(
         start: where the policy starts, of the reference's vocabulary; None for the reference.
     """
     policy = (start or reference).twin(cfg.train, name="ppo")
-    actor = Learner(policy, cfg.learning_rate, tokens=cfg.micro_tokens)
+    actor = Learner(policy, cfg.learning_rate, warmup=cfg.warmup, tokens=cfg.micro_tokens)
     valuer = Learner(critic, cfg.critic_learning_rate, tokens=cfg.micro_tokens)
     beta = KLCoefficient(cfg.kl, cfg.kl_target)
     sampling = Sampling(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature)

@@ -47,7 +47,8 @@ class Config:
     sampler: str = "policy"  # who is sampled: policy | reference
     max_new_tokens: int = 24  # the horizon H, in tokens
     temperature: float = 1.0  # of sampling and of the loss
-    learning_rate: float = 5e-5  # constant
+    learning_rate: float = 5e-5
+    warmup: int = 0  # optimiser steps over which the rate rises; Adam's first are as large as any, and mostly noise
     epochs: int = 2  # passes over a round's chosen responses
     minibatches: int = 2  # optimiser steps a pass
     kl: float = 0.0  # β, reward units a nat: what distance from the reference costs in the ranking
@@ -93,7 +94,7 @@ def train(
     if cfg.sampler not in ("policy", "reference"):
         raise ValueError(f"sampler is {cfg.sampler!r}; it must be policy or reference")
     policy = reference.twin(cfg.train, name="raft")
-    learner = Learner(policy, cfg.learning_rate, tokens=cfg.micro_tokens)
+    learner = Learner(policy, cfg.learning_rate, warmup=cfg.warmup, tokens=cfg.micro_tokens)
     sampler = policy if cfg.sampler == "policy" else reference
     sampling = Sampling(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature)
     run.note(f"reference {reference.name} {reference.fingerprint()}; {cfg.sampler} is sampled")

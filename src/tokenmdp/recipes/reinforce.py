@@ -62,6 +62,7 @@ class Config:
     max_new_tokens: int = 24  # the horizon H, in tokens
     temperature: float = 1.0  # of sampling and of what is learned
     learning_rate: float = 2e-5
+    warmup: int = 0  # optimiser steps over which the rate rises; Adam's first are as large as any, and mostly noise
     kl: float = 0.05  # β, reward units a nat
     entropy: float = 0.0  # c, reward units a nat: a bonus for responses that were unlikely
     truncation: float = 0.0  # reward units taken off a response that did not end by itself
@@ -103,7 +104,7 @@ def train(
         start: where the policy starts, of the reference's vocabulary; None for the reference.
     """
     policy = (start or reference).twin(cfg.train, name="reinforce")
-    actor = Learner(policy, cfg.learning_rate, tokens=cfg.micro_tokens)
+    actor = Learner(policy, cfg.learning_rate, warmup=cfg.warmup, tokens=cfg.micro_tokens)
     sampling = Sampling(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature)
     greedily = Sampling(max_new_tokens=cfg.max_new_tokens, temperature=0.0)
     scheme = assign.load(cfg.credit, reward, reference, sampling)

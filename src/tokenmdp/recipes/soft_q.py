@@ -50,7 +50,8 @@ class Config:
     sync: int = 1  # phases between two copies of the policy to the sampler; 1 samples from the policy itself
     max_new_tokens: int = 24  # the horizon H, in tokens
     temperature: float = 1.0  # of sampling
-    learning_rate: float = 2e-5  # constant
+    learning_rate: float = 2e-5
+    warmup: int = 0  # optimiser steps over which the rate rises; Adam's first are as large as any, and mostly noise
     epochs: int = 2  # passes over a phase's responses
     minibatches: int = 2  # optimiser steps a pass
     gamma: float = 1.0  # discount a token
@@ -88,7 +89,7 @@ def train(
         )
     policy = reference.twin(cfg.train, name="soft-q")
     behaviour, slow = reference.twin(cfg.train, name="behaviour"), reference.twin(cfg.train, name="target")
-    learner = Learner(policy, cfg.learning_rate, tokens=cfg.micro_tokens)
+    learner = Learner(policy, cfg.learning_rate, warmup=cfg.warmup, tokens=cfg.micro_tokens)
     sampler, target = Target(behaviour, policy), Target(slow, policy)
     sampling = Sampling(max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature)
     scheme = assign.load(cfg.credit, reward, reference, sampling, cfg.gamma)
