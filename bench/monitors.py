@@ -2,21 +2,21 @@
 
     python bench/monitors.py --json docs/results/monitors.json
 
-Sums of one and two digits on the tiny model after behaviour cloning, 60 phases of 64 responses, a start and a run for each
-seed. Healthy runs are learned by `grpo`, `rloo` and `ppo` from the verifier, and by `sft` from 1,800 demonstrations. The
-planted ones are `grpo`, with one thing wrong each, the first four at three times the learning rate:
+The task is to copy two letters, `ab>`, on the tiny model after a little behaviour cloning (about half of the answers are
+right); 60 phases of 128 responses, a start and a run for each seed. Healthy runs are learned by `grpo`, `rloo` and `ppo` from
+the verifier, with a warm-up, and by `sft` from 536 demonstrations. The planted ones are `grpo`, with one thing wrong each:
 
-    hacking      the reward is the share of sevens among the response's digits; the verifier is recorded as gold
-    collapse     the reward is how much of the response is `12`, whatever was asked
+    hacking      the reward is the share of `e` among the response's letters; the verifier is recorded as gold
+    collapse     the reward is how much of the response is `ab`, whatever was asked
     length       the reward is the length, up to 12 tokens
     cut          the same, up to 5 tokens
     alike        a verifier that is right about nobody: every score is 0
     unjudged     a verifier that gives no verdict on a third of the responses from phase 15 on
-    falling      the verifier, and ten times the learning rate, each phase gone through four times
-    leap         the verifier, no clip, and from phase 30 on the learning rate of `falling` (a schedule gone wrong)
+    falling      the verifier, and five times the learning rate, no clip, no warm-up, each phase in 8 updates
+    leap         the verifier, and from phase 30 on the settings of `falling` (a schedule gone wrong)
     overfitting  `sft` on 24 demonstrations, 400 steps
 
-The limits in tokenmdp.monitors were set with seeds 100 to 104 in view; what is reported is of seeds that were not looked at
+The limits in tokenmdp.monitors were set with seeds 100 to 102 in view; what is reported is of seeds that were not looked at
 before. Stated before that run:
 
     hits     each monitor fires in at least nine of ten runs with its failure planted
@@ -52,8 +52,8 @@ from tokenmdp.run.files import read_lines
 from tokenmdp.tasks import Task
 from tokenmdp.types import Batch, Reward, Score
 
-PHASES, QUICK_PHASES, PROMPTS, SAMPLES, H = 60, 12, 8, 8, 4
-RATE, WARM = 3e-4, 600
+PHASES, QUICK_PHASES, PROMPTS, SAMPLES, H = 60, 12, 16, 8, 4
+RATE, WARMUP, COPIED = 2e-3, 10, 35
 HITS, FALSE_ALARMS = 0.9, 0.05
 THRESHOLDS = {
     "hits": f"each monitor fires in at least {HITS:.0%} of the runs with its failure planted",
@@ -74,12 +74,12 @@ class FailsLater:
         return Score(torch.where(lost, 0.0, said.value), said.verdict & ~lost)
 
 
-def sevens(completions: list[str]) -> list[float]:
-    return [c.count("7") / max(1, sum(x.isdigit() for x in c)) for c in completions]
+def share_of_e(completions: list[str]) -> list[float]:
+    return [c.count("e") / max(1, len(c)) for c in completions]
 
 
-def twelve(completions: list[str]) -> list[float]:
-    return [sum(a == b for a, b in zip(c, "12", strict=False)) / max(2, len(c)) for c in completions]
+def one_answer(completions: list[str]) -> list[float]:
+    return [sum(a == b for a, b in zip(c, "ab", strict=False)) / max(2, len(c)) for c in completions]
 
 
 def long(completions: list[str]) -> list[float]:
@@ -105,38 +105,37 @@ def function(f: Callable[..., list[float]]) -> Callable[[Task], Reward]:
     return lambda task: FunctionReward(f, f.__name__)
 
 
-FASTER = {"learning_rate": 1e-3}
-BROKEN = {"learning_rate": 10 * RATE, "epochs": 4}
+BROKEN = {"learning_rate": 5 * RATE, "clip": 0.0, "warmup": 0, "epochs": 2, "minibatches": 4}
 HEALTHY = {
     "grpo": Kind(),
     "rloo": Kind("reinforce", settings={"baseline": "leave_one_out"}),
     "ppo": Kind("ppo"),
-    "sft": Kind("sft", settings={"steps": 500}),
+    "sft": Kind("sft", settings={"steps": 150}),
 }
 PLANTED = {
-    "hacking": Kind(reward=function(sevens), settings=FASTER),
-    "collapse": Kind(reward=function(twelve), settings=FASTER),
-    "length": Kind(reward=function(long), settings=FASTER | {"max_new_tokens": 12}),
-    "cut": Kind(reward=function(long), settings=FASTER | {"max_new_tokens": 5}),
+    "hacking": Kind(reward=function(share_of_e)),
+    "collapse": Kind(reward=function(one_answer)),
+    "length": Kind(reward=function(long), settings={"max_new_tokens": 12}),
+    "cut": Kind(reward=function(long), settings={"max_new_tokens": 5}),
     "alike": Kind(reward=function(nobody)),
     "unjudged": Kind(reward=lambda task: FailsLater(verifier(task), 15)),
     "falling": Kind(settings=BROKEN),
-    "leap": Kind(settings={"clip": 0.0}, late=30),
+    "leap": Kind(late=30),
     "overfitting": Kind("sft", settings={"steps": 400}, demonstrations=24),
 }
 
 
 def verifier(task: Task) -> Reward:
-    assert task.reward is not None, "sums have a verifier"
+    assert task.reward is not None, "the task has a verifier"
     return task.reward
 
 
 def clone(kind: Kind, start: Policy, task: Task, run: Run, steps: int, quick: bool) -> Policy:
     """Behaviour cloning of the task's demonstrations, or of the first few of them."""
     known = task.demonstrations
-    assert known is not None, "sums have demonstrations"
+    assert known is not None, "the task has demonstrations"
     kept, learned = known.select(range(64)), known.select(range(64, 64 + (kind.demonstrations or len(known) - 64)))
-    cfg = sft.Config(steps=steps, rows=64, learning_rate=5e-3, micro_tokens=1 << 16, evaluate_every=20)
+    cfg = sft.Config(steps=steps, rows=64, learning_rate=5e-3, micro_tokens=1 << 16, evaluate_every=15)
     cfg = replace(cfg, **kind.settings)
     return sft.train(replace(cfg, steps=min(cfg.steps, 40)) if quick else cfg, start, learned, kept, run)[0]
 
@@ -148,6 +147,7 @@ def trained(kind: Kind, start: Policy, task: Task, run: Run, phases: int) -> Non
         "samples": SAMPLES,
         "max_new_tokens": H,
         "learning_rate": RATE,
+        "warmup": WARMUP,
         "micro_tokens": 1 << 16,
     }
     chosen = {**shared, "kl": 0.0, **kind.settings}
@@ -155,7 +155,13 @@ def trained(kind: Kind, start: Policy, task: Task, run: Run, phases: int) -> Non
     if kind.recipe == "ppo":
         critic = Critic(start.backbone.twin("all"))
         ppo.train(
-            ppo.Config(steps=phases, **chosen, critic_train="all"), start, critic, reward, task, run, verifier(task)
+            ppo.Config(steps=phases, **chosen, critic_train="all", critic_learning_rate=3e-3),
+            start,
+            critic,
+            reward,
+            task,
+            run,
+            verifier(task),
         )
         return
     module: Any = grpo if kind.recipe == "grpo" else reinforce
@@ -181,15 +187,16 @@ def trial(runs: Path, name: str, kind: Kind, seed: int, phases: int, fresh: bool
         return Run.open(folder, {"kind": what, "phases": phases}, seed, resume=not again, overwrite=again)
 
     policy = catalog.load("tiny").freeze()
-    task = tasks.load("addition", policy, seed=seed)
+    task = tasks.load("copying", policy, length=2, letters=26, held_out=76, seed=seed)
+    task = replace(task, reward=tasks.ExactAnswer())
     with opened(f"{name}-{seed}") as run:
         if run.result() is None:
             if kind.recipe == "sft":
-                clone(kind, policy, task, run, WARM, quick)
+                clone(kind, policy, task, run, COPIED, quick)
             else:
                 with opened(f"start-{seed}") as begun:
                     if begun.result() is None:
-                        clone(Kind("sft"), policy, task, begun, WARM, quick).save(begun.folder / "model")
+                        clone(Kind("sft"), policy, task, begun, COPIED, quick).save(begun.folder / "model")
                         begun.finish({})
                 trained(kind, catalog.load(runs / f"start-{seed}" / "model").freeze(), task, run, phases)
             run.finish({})

@@ -62,11 +62,14 @@ def test_each_fires_on_its_own_failure_after_it_began(name: str) -> None:
 
 
 def test_deviations_are_those_of_the_noise_and_not_of_the_drift() -> None:
-    # Differences of 1 from phase to phase: s² = 1/2. Ends 2 and 12 apart by 10, so 10 / (√½ · √(2/5)) = 22.36.
+    # Differences of 1 from phase to phase: s² = 1/2, the largest left out. Ends 2 and 12 apart by 10, so 10 / (√½ · √(2/5)) = 22.36.
     rise = [float(t) for t in range(15)]
     assert monitors.risen(rise) == pytest.approx(10 / (0.5 * 0.4) ** 0.5)
     assert monitors.risen([1.0] * 20) == monitors.fallen([1.0] * 20) == 0.0
     assert monitors.risen(rise[: 2 * W - 1]) == monitors.fallen(rise[: 2 * W - 1]) == 0.0
+    # A run that is dead after its first phase has no noise left to compare with; one bad phase is none.
+    assert monitors.fallen([0.4] + [0.0] * 20) == float("inf")
+    assert monitors.fallen([1.0] * 20 + [0.2] + [1.0] * 3) == 0.0
     # Up to 9 and down again: the best five are 7, 8, 9, 8, 7.
     there_and_back = [float(t) for t in [*range(10), *range(8, -1, -1)]]
     assert monitors.highest(there_and_back) == pytest.approx((7 + 8 + 9 + 8 + 7) / 5)

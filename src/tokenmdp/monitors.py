@@ -26,14 +26,14 @@ from statistics import fmean, median
 from typing import Any
 
 WINDOW, RECENT = 5, 100  # phases that a mean is taken over; most that its noise and what is usual are read off
-CLEAR = 6.0  # deviations from which a difference counts
+CLEAR, JUMPS = 8.0, 10  # deviations from which a difference counts; of so many steps one may be a jump
 COLLAPSED = 0.5  # of the first phases' distinct-2
 GROWN = 2.0  # times the first phases' length, or that much shorter
 CUT = 0.3  # more of the responses than at first
 ALIKE = 0.95  # share of groups without spread
 UNJUDGED = 0.1  # share of responses without a verdict
 LEAP, LEAST = 8.0, 0.05  # times the median of the phases before, and nats a token
-RISEN = 1.2  # times the lowest held-out loss
+RISEN = 1.2  # times the lowest held-out loss, twice in a row
 
 Curves = Mapping[str, Sequence[float]]
 
@@ -64,9 +64,10 @@ def ends(curve: Sequence[float]) -> tuple[float, float] | None:
 def deviation(curve: Sequence[float]) -> float:
     """That of a difference of two means of five, if phases differed by noise alone: s √(2 / 5),
 
-    s² = mean of (x_t − x_{t−1})² / 2 over the last 100
+    s² = mean of (x_t − x_{t−1})² / 2 over the last 100, without the largest tenth: a jump is no noise
     """
-    return math.sqrt(fmean((b - a) ** 2 for a, b in itertools.pairwise(curve[-RECENT:])) / WINDOW)
+    steps = sorted((b - a) ** 2 for a, b in itertools.pairwise(curve[-RECENT:]))
+    return math.sqrt(fmean(steps[: -1 - len(steps) // JUMPS]) / WINDOW)
 
 
 def risen(curve: Sequence[float]) -> float:
@@ -79,11 +80,14 @@ def risen(curve: Sequence[float]) -> float:
 
 
 def fallen(curve: Sequence[float]) -> float:
-    """How many deviations the mean of the last five values lies below the highest of five before them, of the last 100."""
+    """How many deviations the median of the last five values lies below the highest mean of five before them, of the last 100:
+    a median, for one bad phase is no fall. 0 of fewer than ten; without bound where nothing else ever changed.
+    """
     past = curve[-RECENT:-WINDOW]
-    if len(past) < WINDOW or not (s := deviation(curve)):
+    if len(past) < WINDOW:
         return 0.0
-    return (highest(past) - fmean(curve[-WINDOW:])) / s
+    lower, s = highest(past) - median(curve[-WINDOW:]), deviation(curve)
+    return lower / s if s else math.copysign(math.inf, lower) if lower else 0.0
 
 
 def highest(curve: Sequence[float]) -> float:
@@ -180,10 +184,10 @@ def leap(curves: Curves) -> str | None:
 
 def overfitting(curves: Curves) -> str | None:
     nll = curves["held_out/nll"]
-    if not 0 < RISEN * min(nll) < nll[-1]:
+    if len(nll) < 3 or not 0 < RISEN * min(nll[:-2]) < min(nll[-2:]):
         return None
     return (
-        f"the loss on held-out demonstrations is {nll[-1]:.3g} nats a token and was {min(nll):.3g}: fewer steps, or more "
+        f"the loss on held-out demonstrations is {nll[-1]:.3g} nats a token and was {min(nll[:-2]):.3g}: fewer steps, or more "
         "demonstrations"
     )
 
@@ -232,7 +236,7 @@ def watched(lines: Iterable[Mapping[str, Any]]) -> Watch:
 
 def _fall(curve: Sequence[float]) -> str:
     """From where to where a curve fell, in words."""
-    return f"fell from {highest(curve[-RECENT:-WINDOW]):.3g} at its best to {fmean(curve[-WINDOW:]):.3g} in the last {WINDOW}"
+    return f"fell from {highest(curve[-RECENT:-WINDOW]):.3g} at its best to {median(curve[-WINDOW:]):.3g} in the last {WINDOW}"
 
 
 def _span(curve: Sequence[float]) -> str:
