@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tokenmdp import recipes
+from tokenmdp.run import Run
 from tokenmdp.testing import contracts
 
 # The small runs are in tests/tiny_*.py, family by family.
@@ -29,3 +30,17 @@ def test_its_text(name: str) -> None:
 def test_its_runs(name: str, tmp_path: Path) -> None:
     assert name in BUILDERS, f"recipes/{name}.py has no small run: add one to the BUILDERS of a tests/tiny_*.py"
     contracts.check_recipe_run(importlib.import_module(f"tokenmdp.recipes.{name}"), BUILDERS[name], tmp_path)
+
+
+@pytest.mark.parametrize("name", ["dapg", "grpo", "online_dpo", "ppo", "raft", "reinforce", "soft_q"])
+def test_a_warm_up_makes_the_first_updates_small(name: str, tmp_path: Path) -> None:
+    """Adam's first updates are as long as the rate allows; over 1,000 warm-up steps they are thousandths of that."""
+    module = importlib.import_module(f"tokenmdp.recipes.{name}")
+    moved = []
+    for warmup in (0, 1000):
+        cfg, pieces = BUILDERS[name](steps=1, warmup=warmup)
+        with Run.open(tmp_path / str(warmup), {}, 0) as run:
+            policy, _ = module.train(cfg, *pieces, run=run)
+        weights = zip(policy.model.parameters(), pieces[0].model.parameters(), strict=True)
+        moved.append(max(float((after - before).detach().abs().max()) for after, before in weights))
+    assert 0 < moved[1] < moved[0] / 50
