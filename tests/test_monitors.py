@@ -86,6 +86,12 @@ def test_a_leap_needs_a_past_and_a_size() -> None:
     assert given([0.001] * W + [0.04]) == []  # 40 times as far, and not far
 
 
+def test_decoding_and_judging_are_not_asked() -> None:
+    learning = [name for name in HEALTHY if name in monitors.LEARNING]
+    bare = [{k: v for k, v in line.items() if k not in learning} for line in lines("collapse")]
+    assert monitors.watched(bare).given == {}
+
+
 def test_what_is_not_measured_is_not_asked() -> None:
     watch = monitors.watched({"objective/scores": 0.1 * t} for t in range(30))
     assert watch.given == {}

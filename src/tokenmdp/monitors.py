@@ -205,6 +205,9 @@ MONITORS: Mapping[str, tuple[Callable[[Curves], str | None], tuple[str, ...]]] =
 }
 """Every monitor, and the metrics it reads."""
 
+LEARNING = ("objective/kl", "policy/approxkl_avg", "grad_norm", "learning_rate", "loss")
+"""What only a run logs that learns something: of decoding and judging nothing is asked, where a curve is a running mean."""
+
 
 class Watch:
     """The curves of a run so far, and which alarms were given."""
@@ -214,10 +217,14 @@ class Watch:
         self.given: dict[str, Alarm] = {}
 
     def see(self, step: int, metrics: Mapping[str, float]) -> list[Alarm]:
-        """Take in a step's metrics; the alarms that are new with it. A monitor is asked where all it reads was measured."""
+        """Take in a step's metrics; the alarms that are new with it. A monitor is asked in runs that learn something, where all
+        that it reads was measured.
+        """
         for name, value in metrics.items():
             self.curves.setdefault(name, []).append(float(value))
-        new = []
+        new: list[Alarm] = []
+        if not any(name in metrics for name in LEARNING):
+            return new
         for name, (rule, reads) in MONITORS.items():
             if name not in self.given and all(r in metrics for r in reads) and (says := rule(self.curves)):
                 self.given[name] = Alarm(name, step, says)

@@ -44,7 +44,8 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     for path in found:
         stage = path.parent.relative_to(root).as_posix().removeprefix(".")
         watch = monitors.watched(read_lines(path))
-        asked |= {name for name, (_, reads) in monitors.MONITORS.items() if set(reads) <= watch.curves.keys()}
+        if watch.curves.keys() & set(monitors.LEARNING):
+            asked |= {name for name, (_, reads) in monitors.MONITORS.items() if set(reads) <= watch.curves.keys()}
         for alarm in watch.given.values():
             alarms.append({"stage": stage, **asdict(alarm)})
             table.add_row(Text(stage), alarm.monitor, str(alarm.step), Text(alarm.says))
