@@ -183,3 +183,17 @@ def test_estimates_come_with_what_the_log_is_worth(tmp_path: Path, capsys: pytes
     assert any(gain["low"] > 0 for gain in gains)
     assert "worth, questions" in said
     assert "largest weight" in page
+
+
+def test_what_the_log_does_not_tell_is_no_figure_on_its_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    rows = [
+        {"query": f"number {i}", "prompt_id": "ab"[i % 2], "reward": float(rng.random() < 0.5), "propensity": 1.0}
+        for i in rng.permutation(400).tolist()
+    ]
+    summary, said, page = judged_log(tmp_path, rows, capsys)
+    assert summary["verdict"] == f"Nothing can be told: {summary['untold']}."
+    assert "the propensities are too large" in said
+    assert "the log does not say" in page

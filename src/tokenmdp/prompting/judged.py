@@ -251,6 +251,20 @@ def after_asking(
     }
 
 
+def untold(found: Mapping[str, Mapping[str, Any]], name: str) -> str:
+    """Why the log tells nothing of what the choice `name` gains; empty where it does."""
+    if found[name]["checked"] < choose.TOLD:
+        return (
+            f"where it moves away from the best constant prompt the log tried both on {found[name]['checked']:.0%} of the queries, "
+            "and it gives no propensities"
+        )
+    for who, called in ((name, "this choice"), (CONSTANT, "the best constant prompt")):
+        lies = found[who].get("overlap")
+        if lies and (fault := estimate.Overlap(**lies).fault(called)):
+            return fault
+    return ""
+
+
 def in_words(found: Mapping[str, Mapping[str, Any]], name: str, abstaining: str = "") -> str:
     """The first line of a report: whether choosing by Υ pays.
 
@@ -259,15 +273,8 @@ def in_words(found: Mapping[str, Mapping[str, Any]], name: str, abstaining: str 
         abstaining: the one that chooses where it paid on other questions, if it was judged, too.
     """
     gain, told = found[name]["over_constant"], ""
-    if found[name]["checked"] < choose.TOLD:
-        return (
-            f"Nothing can be told: where it moves away from the best constant prompt the log tried both on "
-            f"{found[name]['checked']:.0%} of the queries, and it gives no propensities."
-        )
-    for who, called in ((name, "this choice"), (CONSTANT, "the best constant prompt")):
-        lies = found[who].get("overlap")
-        if fault := estimate.Overlap(**lies).fault(called) if lies else "":
-            return f"Nothing can be told: {fault}."
+    if why := untold(found, name):
+        return f"Nothing can be told: {why}."
     if abstaining and gain["low"] > 0 and not found[abstaining]["over_constant"]["low"] > 0:
         told = ", but not reliably: going by what other questions of this log say, one would mostly not have chosen"
     span = f"{_span(gain)} over the best constant prompt{told}"

@@ -105,6 +105,7 @@ def evaluate(cfg: Config, log: logs.Log, run: Run) -> dict[str, Any]:
         "moved": shown.moved(held, pick, constant),
         "changed": shown.changed(held, pick, constant),
         "verdict": judged.in_words(earned, cfg.choice, "abstaining"),
+        "untold": judged.untold(earned, cfg.choice),
         "facts": {**log.facts, "trials": len(log), "queries": len(log.queries), "prompts": len(log.prompts)},
         "repeated_questions": repeated,
         "prediction": {name: judged.prediction(held, value) for name, value in values.items()},

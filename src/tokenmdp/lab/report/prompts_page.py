@@ -60,7 +60,9 @@ def tiles(summary: Figures) -> list[dict[str, Any]]:
         (choice, "Choosing", "over_constant", "accent"),
         ("oracle", "Oracle", "reward", "arm4"),
     ):
-        if isinstance(row := table.get(name), dict) and (x := Figures({"x": row.get(key)}).interval("x")):
+        if name == choice and summary.text("untold"):
+            tile(label, "–", "the log does not say", role)
+        elif isinstance(row := table.get(name), dict) and (x := Figures({"x": row.get(key)}).interval("x")):
             named = (
                 f"Best constant: {best}"
                 if name.startswith("best constant") and (best := summary.text("best_constant"))
