@@ -35,7 +35,7 @@ PLANTED = {
     "alike": {"frac_reward_zero_std": lambda t, e: 0.97},
     "unjudged": {"no_verdict": lambda t, e: 20},
     "falling": {"objective/scores": lambda t, e: 0.6 - 0.04 * (t - 20) + 0.03 * e},
-    "leap": {"policy/approxkl_avg": lambda t, e: 0.01 if t != 25 else 0.3},
+    "leap": {"policy/approxkl_avg": lambda t, e: 0.01 if t != 25 else 0.5},
     "overfitting": {"held_out/nll": lambda t, e: 2.8 + 0.05 * (t - 20)},
 }
 
@@ -81,9 +81,9 @@ def test_a_leap_needs_a_past_and_a_size() -> None:
         watch = monitors.watched({"policy/approxkl_avg": x} for x in curve)
         return [alarm.step for alarm in watch.given.values()]
 
-    assert given([0.01] * W + [0.2]) == [W]
-    assert given([0.01] * (W - 1) + [0.2]) == []  # too early to say what is usual
-    assert given([0.001] * W + [0.04]) == []  # 40 times as far, and not far
+    assert given([0.01] * W + [0.3]) == [W]
+    assert given([0.01] * (W - 1) + [0.3]) == []  # too early to say what is usual
+    assert given([0.001] * W + [0.2]) == []  # 200 times as far, and not far
 
 
 def test_decoding_and_judging_are_not_asked() -> None:

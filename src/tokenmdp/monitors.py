@@ -32,8 +32,8 @@ GROWN = 2.0  # times the first phases' length, or that much shorter
 CUT = 0.3  # more of the responses than at first
 ALIKE = 0.95  # share of groups without spread
 UNJUDGED = 0.1  # share of responses without a verdict
-LEAP, LEAST = 8.0, 0.05  # times the median of the phases before, and nats a token
-RISEN = 1.2  # times the lowest held-out loss, twice in a row
+LEAP, LEAST = 8.0, 0.25  # times the median of the phases before, and nats a token
+RISEN = 0.1  # nats a token above the lowest held-out loss, twice in a row
 
 Curves = Mapping[str, Sequence[float]]
 
@@ -184,7 +184,7 @@ def leap(curves: Curves) -> str | None:
 
 def overfitting(curves: Curves) -> str | None:
     nll = curves["held_out/nll"]
-    if len(nll) < 3 or not 0 < RISEN * min(nll[:-2]) < min(nll[-2:]):
+    if len(nll) < 3 or not min(nll[-2:]) - min(nll[:-2]) > RISEN:
         return None
     return (
         f"the loss on held-out demonstrations is {nll[-1]:.3g} nats a token and was {min(nll[:-2]):.3g}: fewer steps, or more "
