@@ -103,7 +103,7 @@ def hacking(curves: Curves) -> str | None:
         return None
     return (
         f"the score rose from {_span(score)} while the gold score {_fall(gold)}: what is learned is what the reward overlooks; "
-        "stop at an earlier checkpoint, raise `kl`, or mend the reward"
+        "stop at an earlier checkpoint, raise kl, or mend the reward"
     )
 
 
@@ -114,7 +114,7 @@ def collapse(curves: Curves) -> str | None:
         return None
     return (
         f"responses to different prompts repeat each other: distinct-2 across prompts went from {_span(distinct)}; read "
-        "samples before you believe the score, raise `kl` or lower the learning rate"
+        "samples before you believe the score, raise kl or lower the learning rate"
     )
 
 
@@ -142,7 +142,7 @@ def alike(curves: Curves) -> str | None:
     if len(flat) < WINDOW or not fmean(flat) > ALIKE:
         return None
     return (
-        f"in {fmean(flat):.0%} of the groups of the last {WINDOW} phases all responses score the same: there is nothing to "
+        f"in {fmean(flat):.0%} of the groups of the {WINDOW} phases up to here all responses score the same: there is nothing to "
         "learn from; take prompts that are neither too easy nor too hard, more samples, or a finer reward"
     )
 
@@ -156,7 +156,7 @@ def unjudged(curves: Curves) -> str | None:
     if not share > UNJUDGED:
         return None
     return (
-        f"no verdict on {share:.0%} of the responses of the last {WINDOW} phases: they are learned nothing from, and if the "
+        f"no verdict on {share:.0%} of the responses of the {WINDOW} phases up to here: they are learned nothing from, and if the "
         "reward fails on some kind of answer that kind goes unpunished; why is in no_verdict.jsonl"
     )
 
@@ -243,10 +243,10 @@ def watched(lines: Iterable[Mapping[str, Any]]) -> Watch:
 
 def _fall(curve: Sequence[float]) -> str:
     """From where to where a curve fell, in words."""
-    return f"fell from {highest(curve[-RECENT:-WINDOW]):.3g} at its best to {median(curve[-WINDOW:]):.3g} in the last {WINDOW}"
+    return f"fell from {highest(curve[-RECENT:-WINDOW]):.3g} at its best to {median(curve[-WINDOW:]):.3g} ({WINDOW} phases up to here)"
 
 
 def _span(curve: Sequence[float]) -> str:
     """The two ends of a curve, in words."""
     first, last = ends(curve) or (curve[0], curve[-1])
-    return f"{first:.3g} in the first {WINDOW} phases to {last:.3g} in the last {WINDOW}"
+    return f"{first:.3g} (first {WINDOW} phases) to {last:.3g} ({WINDOW} up to here)"
