@@ -49,11 +49,15 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
         for alarm in watch.given.values():
             alarms.append({"stage": stage, **asdict(alarm)})
             table.add_row(Text(stage), alarm.monitor, str(alarm.step), Text(alarm.says))
+    console = Console(width=None if Console().is_terminal else 140)
     if alarms:
-        Console(width=None if Console().is_terminal else 140).print(table)
-    blind = [name for name in monitors.MONITORS if name not in asked]
-    return {
-        "alarms": alarms or "none",
-        "asked": ", ".join(sorted(asked)) or "no monitor: none of the metrics they read is there",
-        "not_asked": ", ".join(f"{name} (needs {', '.join(monitors.MONITORS[name][1])})" for name in blind),
-    }
+        console.print(table)
+    blind = {name: reads for name, (_, reads) in monitors.MONITORS.items() if name not in asked}
+    count = f"{len(found)} metrics.jsonl in {root}"
+    console.print(
+        f"{count}: {len(alarms) or 'no'} alarms. Asked: {', '.join(sorted(asked)) or 'nothing'}.", highlight=False
+    )
+    if blind:
+        said = "; ".join(f"{name} needs {', '.join(reads)}" for name, reads in blind.items())
+        console.print(f"Not asked, for what they read is not there or nothing was learned: {said}.", highlight=False)
+    return {"alarms": alarms, "asked": sorted(asked), "not_asked": sorted(blind)}
