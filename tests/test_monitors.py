@@ -129,7 +129,7 @@ def test_a_run_says_an_alarm_once_and_a_resumed_one_not_again(
     with Run.open(tmp_path / "look", {}, 0) as run:
         found = monitor.main(monitor.Config(str(tmp_path / "run")), run)
     assert [(alarm["monitor"], alarm["step"]) for alarm in found["alarms"]] == [("collapse", 22)]
-    assert found["not_asked"] == ""
+    assert found["not_asked"] == []
     page = report.build(tmp_path / "run").read_text()
     assert "The curves show signs of failure" in page
     assert "step 22, <b>collapse</b>" in page
@@ -148,7 +148,9 @@ def test_a_run_that_is_killed_before_the_alarm_gives_it_at_the_same_step(tmp_pat
     assert "step 22," in told(tmp_path / "run")[0]
 
 
-def test_a_folder_without_metrics_is_an_error_and_other_metrics_ask_nothing(tmp_path: Path) -> None:
+def test_a_folder_without_metrics_is_an_error_and_other_metrics_ask_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "other").mkdir()
     (tmp_path / "other/metrics.jsonl").write_text(json.dumps({"eval_loss": 1.0}) + "\nnot json\n[1]\n")
@@ -156,6 +158,7 @@ def test_a_folder_without_metrics_is_an_error_and_other_metrics_ask_nothing(tmp_
         with pytest.raises(FileNotFoundError, match=r"there is no metrics\.jsonl in"):
             monitor.main(monitor.Config(str(tmp_path / "empty")), run)
         found = monitor.main(monitor.Config(str(tmp_path / "other")), run)
-    assert found["alarms"] == "none"
-    assert found["asked"].startswith("no monitor")
-    assert "hacking (needs objective/scores, objective/gold)" in found["not_asked"]
+    assert found == {"alarms": [], "asked": [], "not_asked": sorted(monitors.MONITORS)}
+    said = " ".join(capsys.readouterr().out.split())
+    assert "no alarms. Asked: nothing." in said
+    assert "hacking needs objective/scores, objective/gold" in said

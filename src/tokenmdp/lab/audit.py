@@ -122,10 +122,13 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     for kind, row in found.items():
         run.append("audit.jsonl", {"kind": kind, **row})
     spelled = special_tokens(policy)
-    Console(width=None if Console().is_terminal else 140).print(table(found, policy.name))
+    verdict = in_words(found["all"], spelled)
+    console = Console(width=None if Console().is_terminal else 140)
+    console.print(table(found, policy.name))
+    console.print(verdict, highlight=False, markup=False)
     shares = {name: found["all"][name]["mean"] for name in RATES if name in found["all"]}
     return {
-        "verdict": in_words(found["all"], spelled),
+        "verdict": verdict,
         **shares,
         "spelled": spelled,
         "responses": len(b),
