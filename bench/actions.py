@@ -36,11 +36,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import common
-from tokenmdp import growth, stats
+from tokenmdp import growth
 from tokenmdp.functional import policy_loss, returns
 
 VOCABULARIES, PROMPTS, SAMPLES, H, OPEN, KEPT = (4, 8, 16, 32, 64), 8, 16, 2, 4, 0.9
-RATE, PHASES, QUICK_PHASES, RIGHT = 0.05, 4000, 60, 0.5
+RATE, PHASES, QUICK_PHASES, RIGHT = 0.05, 4000, 800, 0.5
 FEEDBACK, STARTS = ("whole", "each"), ("uniform", "primed")
 THRESHOLDS = {
     "sparse": "from a uniform start the exponent under `whole` less that under `each` has an interval above 0",
@@ -81,10 +81,6 @@ def needed(V: int, feedback: str, start: str, seed: int, phases: int) -> int:
     return phases * PROMPTS * SAMPLES
 
 
-def interval(x: stats.Interval) -> dict[str, float]:
-    return {name: round(value, 4) for name, value in x._asdict().items()}
-
-
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     out = common.parser(__doc__)
     out.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
@@ -112,14 +108,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         results["cells"][" ".join(cell)] = {
             "responses": [round(float(x)) for x in np.exp(np.log(rows).mean(0))],
             "not_there": int((rows >= phases * PROMPTS * SAMPLES).sum()),
-            "exponent": interval(growth.growth(VOCABULARIES, rows)),
+            "exponent": common.rounded(growth.growth(VOCABULARIES, rows)),
         }
     whole, each, primed = cost["whole", "uniform"], cost["each", "uniform"], cost["whole", "primed"]
     differences = {
         "whole less each, uniform": growth.growth_difference(VOCABULARIES, whole, each),
         "primed less uniform, whole": growth.growth_difference(VOCABULARIES, primed, whole),
     }
-    results["differences"] = {name: interval(x) for name, x in differences.items()}
+    results["differences"] = {name: common.rounded(x) for name, x in differences.items()}
     results["passed"] = {
         "sparse": differences["whole less each, uniform"].low > 0,
         "primed": differences["primed less uniform, whole"].high < 0,

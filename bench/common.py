@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from tokenmdp import stats
 from tokenmdp.lab import compare, workers
 from tokenmdp.models.backbone import bfloat16_units, compute_dtype
 from tokenmdp.models.policy import Policy
@@ -168,6 +169,11 @@ def work(folder: Path, trial: Callable[..., dict[str, Any]]) -> None:
         return lambda order: trial(lab, *order)
 
     workers.serve(hired)
+
+
+def rounded(interval: stats.Interval) -> dict[str, float]:
+    """An interval as result files write it."""
+    return {name: round(value, 4) for name, value in interval._asdict().items()}
 
 
 def command() -> str:

@@ -116,8 +116,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         after = judged(model, env(held_out=True))
         results["seeds"][str(seed)] = {
             "start": round(float(before.mean()), 4),
-            "score": rounded(stats.bootstrap_mean(after)),
-            "gain": rounded(stats.bootstrap_mean(after - before)),
+            "score": common.rounded(stats.bootstrap_mean(after)),
+            "gain": common.rounded(stats.bootstrap_mean(after - before)),
         }
         found = results["seeds"].values()
         results["passed"] = {
@@ -127,11 +127,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         common.write(args.json, results)
     show(results)
     return results
-
-
-def rounded(interval: stats.Interval) -> dict[str, float]:
-    """An interval as results files write it."""
-    return {name: round(value, 4) for name, value in interval._asdict().items()}
 
 
 def show(results: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import common
 import inverse_toy
 from tokenmdp import stats
 from tokenmdp.models import catalog
@@ -64,8 +65,8 @@ def _told(reward: Reward, pairs: Pairs, known: np.ndarray[Any, Any]) -> dict[str
     prompts = [p.ids for p in pairs.chosen.prompts]  # sides and pairs of one prompt are no independent trials
     varied = np.ptp(score) > 0 and np.ptp(known) > 0
     return {
-        "accuracy": rounded(stats.clustered_wilson(right, prompts)),
-        "spearman": rounded(stats.spearman(score, known, cluster=prompts * 2)) if varied else None,
+        "accuracy": common.rounded(stats.clustered_wilson(right, prompts)),
+        "spearman": common.rounded(stats.spearman(score, known, cluster=prompts * 2)) if varied else None,
     }
 
 
@@ -81,11 +82,7 @@ def interval(values: np.ndarray[Any, Any]) -> dict[str, float]:
     """The mean over prompts and its 95 % interval; the mean alone where prompts do not differ."""
     if len(values) < 2 or np.ptp(values) == 0:
         return {"mean": round(float(values.mean()), 4)}
-    return rounded(stats.bootstrap_mean(values))
-
-
-def rounded(found: stats.Interval) -> dict[str, float]:
-    return {name: round(value, 4) for name, value in found._asdict().items()}
+    return common.rounded(stats.bootstrap_mean(values))
 
 
 # -- 2. a toy whose closed form is known --------------------------------------------------------------------------------

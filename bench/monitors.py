@@ -264,7 +264,7 @@ def judged(alarms: Mapping[str, Sequence[Mapping[str, int]]]) -> dict[str, Any]:
     """Hits of each monitor and false alarms on healthy runs, with Wilson intervals, and the thresholds."""
 
     def share(fired: Sequence[bool]) -> dict[str, float]:
-        return {name: round(x, 4) for name, x in stats.wilson(sum(fired), len(fired))._asdict().items()}
+        return common.rounded(stats.wilson(sum(fired), len(fired)))
 
     hits = {name: share([name in run for run in found]) for name, found in alarms.items() if name in PLANTED}
     healthy = [bool(run) for name, found in alarms.items() if name in HEALTHY for run in found]

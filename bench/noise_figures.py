@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+import common
 from tokenmdp import stats
 
 KEEPS_UP = -0.02  # accuracy by which a frozen body may fall short of a trained one
@@ -19,7 +20,7 @@ def interval(values: Sequence[float]) -> dict[str, float]:
     x = np.asarray(values, dtype=np.float64)
     if len(x) < 2 or np.ptp(x) == 0:
         return {"mean": round(float(x.mean()), 4)}
-    return {name: round(value, 4) for name, value in stats.bootstrap_mean(x)._asdict().items()}
+    return common.rounded(stats.bootstrap_mean(x))
 
 
 def table(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -223,15 +223,10 @@ def figures(before: Sequence[Sequence[float]], after: Sequence[Sequence[float]])
     found: dict[str, Any] = {}
     for name, k in (("pass@1", 1), (f"pass@{n}", n)):
         gained = stats.pass_at_k_values(y, k) - stats.pass_at_k_values(x, k)
-        found[name] = rounded(stats.pass_at_k(y, k))
+        found[name] = common.rounded(stats.pass_at_k(y, k))
         # All differences alike is no spread to resample; an interval of width zero would look like certainty.
-        found[f"{name}_gain"] = rounded(stats.bootstrap_mean(gained)) if np.ptp(gained) > 0 else None
+        found[f"{name}_gain"] = common.rounded(stats.bootstrap_mean(gained)) if np.ptp(gained) > 0 else None
     return found
-
-
-def rounded(interval: stats.Interval) -> dict[str, float]:
-    """An interval as results files write it."""
-    return {name: round(value, 4) for name, value in interval._asdict().items()}
 
 
 def verdicts(arms: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, bool]:
@@ -317,7 +312,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         run.finish({})
     results["sft"] = {name: round(value, 4) for name, value in cloned.items()}
     results["before"] = {
-        f"pass@{k}": rounded(stats.pass_at_k(before["right"], k)) for k in pass_at_k.attempts(size.judged.n)
+        f"pass@{k}": common.rounded(stats.pass_at_k(before["right"], k)) for k in pass_at_k.attempts(size.judged.n)
     }
     results["arms"] = {}
     right: dict[int, Any] = {}

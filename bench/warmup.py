@@ -103,7 +103,7 @@ def trial(
 
 def difference(values: Sequence[float]) -> dict[str, float]:
     """Mean and 95 % interval over seeds."""
-    return {name: round(x, 4) for name, x in stats.bootstrap_mean(np.array(values))._asdict().items()}
+    return common.rounded(stats.bootstrap_mean(np.array(values)))
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
