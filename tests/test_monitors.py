@@ -62,18 +62,18 @@ def test_each_fires_on_its_own_failure_after_it_began(name: str) -> None:
 
 
 def test_deviations_are_those_of_the_noise_and_not_of_the_drift() -> None:
-    # Differences of 1 from phase to phase: s² = 1/2, the largest left out. Ends 2 and 12 apart by 10, so 10 / (√½ · √(2/5)) = 22.36.
+    # Differences of 1 from phase to phase: s² = 1/2. Ends 2 and 12 apart by 10, so 10 / (√½ · √(2/5)) = 22.36.
     rise = [float(t) for t in range(15)]
     assert monitors.risen(rise) == pytest.approx(10 / (0.5 * 0.4) ** 0.5)
     assert monitors.risen([1.0] * 20) == monitors.fallen([1.0] * 20) == 0.0
     assert monitors.risen(rise[: 2 * W - 1]) == monitors.fallen(rise[: 2 * W - 1]) == 0.0
-    # A run that is dead after its first phase has no noise left to compare with; one bad phase is none.
-    assert monitors.fallen([0.4] + [0.0] * 20) == float("inf")
+    # One bad phase is no fall, and one lucky phase nothing to fall from.
     assert monitors.fallen([1.0] * 20 + [0.2] + [1.0] * 3) == 0.0
-    # Up to 9 and down again: the best five are 7, 8, 9, 8, 7.
+    assert monitors.fallen([0.0] * 7 + [1 / 128] + [0.0] * 20) == 0.0
+    # Up to 9 and down again: the median of the best five, 7, 8, 9, 8, 7, is 8, and that of 4 … 0 is 2.
     there_and_back = [float(t) for t in [*range(10), *range(8, -1, -1)]]
-    assert monitors.highest(there_and_back) == pytest.approx((7 + 8 + 9 + 8 + 7) / 5)
-    assert monitors.fallen(there_and_back) == pytest.approx((7.8 - 2) / (0.5 * 0.4) ** 0.5)  # 4 … 0 in the end
+    assert monitors.highest(there_and_back) == 8
+    assert monitors.fallen(there_and_back) == pytest.approx((8 - 2) / (0.5 * 0.4) ** 0.5)
 
 
 def test_a_leap_needs_a_past_and_a_size() -> None:
@@ -90,6 +90,41 @@ def test_decoding_and_judging_are_not_asked() -> None:
     learning = [name for name in HEALTHY if name in monitors.LEARNING]
     bare = [{k: v for k, v in line.items() if k not in learning} for line in lines("collapse")]
     assert monitors.watched(bare).given == {}
+
+
+@pytest.mark.parametrize("p", [0.0005, 0.002, 0.02, 0.5, 0.98, 0.999])
+def test_a_score_that_only_varies_by_chance_neither_falls_nor_rises(p: float) -> None:
+    alarms = 0
+    for seed in range(60):
+        draw = random.Random(seed)
+        scores = [sum(draw.random() < p for _ in range(128)) / 128 for _ in range(60)]
+        lines = [
+            {"objective/scores": x, "objective/gold": scores[t - 1], "objective/kl": 0.0} for t, x in enumerate(scores)
+        ]
+        alarms += bool(monitors.watched(lines).given)
+    assert alarms <= 1
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"completions/mean_length": 0.0, "objective/scores": 0.0},
+        {"objective/scores": 1e200},
+        {"objective/scores": 10**400},
+        {"objective/scores": float("inf")},
+        {"no_verdict": 1, "num_tokens": 9, "completions/mean_length": 0.0},
+    ],
+)
+def test_odd_figures_are_no_error(odd: dict[str, float]) -> None:
+    monitors.watched({"objective/kl": 0.0, "step": t, **odd} for t in range(40))
+    monitors.watched({"objective/kl": 0.0, **({} if t < 3 else odd), "no_verdict": 1} for t in range(40))
+
+
+def test_where_the_score_does_not_belong_to_the_policy_it_is_not_asked_to_hold() -> None:
+    falls = [{**line, "discriminator/accuracies": 0.5} for line in lines("falling")]
+    assert monitors.watched(falls).given == {}, "a discriminator that learns"
+    fixed = [{k: v for k, v in line.items() if k != "objective/kl"} for line in lines("falling")]
+    assert monitors.watched(fixed).given == {}, "minibatches of one log"
 
 
 def test_what_is_not_measured_is_not_asked() -> None:

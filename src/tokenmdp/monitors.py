@@ -26,7 +26,7 @@ from statistics import fmean, median
 from typing import Any
 
 WINDOW, RECENT = 5, 100  # phases that a mean is taken over; most that its noise and what is usual are read off
-CLEAR, JUMPS = 8.0, 10  # deviations from which a difference counts; of so many steps one may be a jump
+CLEAR = 8.0  # deviations from which a difference counts
 COLLAPSED = 0.5  # of the first phases' distinct-2
 GROWN = 2.0  # times the first phases' length, or that much shorter
 CUT = 0.3  # more of the responses than at first
@@ -34,6 +34,8 @@ ALIKE = 0.95  # share of groups without spread
 UNJUDGED = 0.1  # share of responses without a verdict
 LEAP, LEAST = 8.0, 0.25  # times the median of the phases before, and nats a token
 RISEN = 0.1  # nats a token above the lowest held-out loss, twice in a row
+
+LARGEST = 1e100  # a figure that can be squared
 
 Curves = Mapping[str, Sequence[float]]
 
@@ -64,10 +66,9 @@ def ends(curve: Sequence[float]) -> tuple[float, float] | None:
 def deviation(curve: Sequence[float]) -> float:
     """That of a difference of two means of five, if phases differed by noise alone: s √(2 / 5),
 
-    s² = mean of (x_t − x_{t−1})² / 2 over the last 100, without the largest tenth: a jump is no noise
+    s² = mean of (x_t − x_{t−1})² / 2 over the last 100
     """
-    steps = sorted((b - a) ** 2 for a, b in itertools.pairwise(curve[-RECENT:]))
-    return math.sqrt(fmean(steps[: -1 - len(steps) // JUMPS]) / WINDOW)
+    return math.sqrt(fmean((b - a) ** 2 for a, b in itertools.pairwise(curve[-RECENT:])) / WINDOW)
 
 
 def risen(curve: Sequence[float]) -> float:
@@ -80,21 +81,18 @@ def risen(curve: Sequence[float]) -> float:
 
 
 def fallen(curve: Sequence[float]) -> float:
-    """How many deviations the median of the last five values lies below the highest mean of five before them, of the last 100:
-    a median, for one bad phase is no fall. 0 of fewer than ten; without bound where nothing else ever changed.
+    """How many deviations the median of the last five values lies below the highest of five before them, of the last 100:
+    medians, for one bad phase is no fall, and one lucky one nothing to fall from. 0 of fewer than ten, and where nothing changes.
     """
     past = curve[-RECENT:-WINDOW]
-    if len(past) < WINDOW:
+    if len(past) < WINDOW or not (s := deviation(curve)):
         return 0.0
-    lower, s = highest(past) - median(curve[-WINDOW:]), deviation(curve)
-    return lower / s if s else math.copysign(math.inf, lower) if lower else 0.0
+    return (highest(past) - median(curve[-WINDOW:])) / s
 
 
 def highest(curve: Sequence[float]) -> float:
-    """The highest mean of five values in a row."""
-    sums = itertools.accumulate(curve, initial=0.0)
-    before = list(sums)
-    return max(b - a for a, b in zip(before, before[WINDOW:], strict=False)) / WINDOW
+    """The highest median of five values in a row."""
+    return max(median(curve[at : at + WINDOW]) for at in range(len(curve) - WINDOW + 1))
 
 
 def hacking(curves: Curves) -> str | None:
@@ -114,14 +112,14 @@ def collapse(curves: Curves) -> str | None:
         return None
     return (
         f"responses to different prompts repeat each other: distinct-2 across prompts went from {_span(distinct)}; read "
-        "samples before you believe the score, raise kl or lower the learning rate"
+        "samples before you believe the score, raise kl or lower the learning rate (where few answers can be right it is as it should be)"
     )
 
 
 def length(curves: Curves) -> str | None:
     tokens = curves["completions/mean_length"]
     both = ends(tokens)
-    if both is None or 1 / GROWN < both[1] / both[0] < GROWN:
+    if both is None or not both[0] > 0 or 1 / GROWN < both[1] / both[0] < GROWN:
         return None
     return f"responses went from {_span(tokens)} tokens: does the reward ask for that? Judge at equal length"
 
@@ -148,8 +146,9 @@ def alike(curves: Curves) -> str | None:
 
 
 def unjudged(curves: Curves) -> str | None:
-    last = [x[-WINDOW:] for x in (curves[n] for n in ("no_verdict", "completions/mean_length", "num_tokens"))]
-    if len(last[0]) < WINDOW:
+    read = [curves[n] for n in ("no_verdict", "completions/mean_length", "num_tokens")]
+    last = [curve[-WINDOW:] for curve in read]
+    if len(last[0]) < WINDOW or len({len(curve) for curve in read}) > 1:  # not measured in the same phases
         return None
     responses = sum(tokens / each for each, tokens in zip(last[1], last[2], strict=True) if each > 0)
     share = sum(last[0]) / responses if responses else 0.0
@@ -163,6 +162,8 @@ def unjudged(curves: Curves) -> str | None:
 
 def falling(curves: Curves) -> str | None:
     score = curves["objective/scores"]
+    if "discriminator/accuracies" in curves:  # the judge learns as well: its scores are of no one measure
+        return None
     if not fallen(score) > CLEAR:
         return None
     return (
@@ -195,11 +196,11 @@ def overfitting(curves: Curves) -> str | None:
 MONITORS: Mapping[str, tuple[Callable[[Curves], str | None], tuple[str, ...]]] = {
     "hacking": (hacking, ("objective/scores", "objective/gold")),
     "collapse": (collapse, ("completions/distinct_across",)),
-    "length": (length, ("completions/mean_length",)),
+    "length": (length, ("completions/mean_length", "objective/scores")),
     "cut": (cut, ("completions/clipped_ratio",)),
     "alike": (alike, ("frac_reward_zero_std",)),
     "unjudged": (unjudged, ("no_verdict", "completions/mean_length", "num_tokens")),
-    "falling": (falling, ("objective/scores",)),
+    "falling": (falling, ("objective/scores", "objective/kl")),
     "leap": (leap, ("policy/approxkl_avg",)),
     "overfitting": (overfitting, ("held_out/nll",)),
 }
@@ -233,10 +234,10 @@ class Watch:
 
 
 def watched(lines: Iterable[Mapping[str, Any]]) -> Watch:
-    """What lines of metrics.jsonl show, in their order; what is no finite number is passed over."""
+    """What lines of metrics.jsonl show, in their order; what is no number, or too large to be squared, is passed over."""
     watch = Watch()
     for at, line in enumerate(lines):
-        numbers = {k: v for k, v in line.items() if isinstance(v, int | float) and math.isfinite(v)}
+        numbers = {k: v for k, v in line.items() if isinstance(v, int | float) and abs(v) < LARGEST}
         watch.see(int(numbers.pop("step", at)), numbers)
     return watch
 

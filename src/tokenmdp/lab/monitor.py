@@ -30,10 +30,13 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     """Read the metrics, print the alarms.
 
     Raises:
+        ValueError: no folder is named.
         FileNotFoundError: there is no metrics.jsonl in the folder or in one below it.
     """
+    if not cfg.folder:
+        raise ValueError("folder is empty: give the folder of a run")
     root = Path(cfg.folder)
-    found = sorted(root.rglob("metrics.jsonl"))
+    found = sorted(path for path in root.rglob("metrics.jsonl") if path.is_file())
     if not found:
         raise FileNotFoundError(f"there is no metrics.jsonl in {root} or below it: give the folder of a run")
     alarms: list[dict[str, Any]] = []

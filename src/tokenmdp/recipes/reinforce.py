@@ -173,13 +173,13 @@ def train(
             "skipped_updates": float(idle),
             "reward": measures.mean(score.value, rows),
             "reward_std": measures.mean(deviation, rows),
-            "frac_reward_zero_std": measures.mean((deviation == 0).float(), rows),
             **measures.responses(b, score),
-            "num_tokens": float(sampled),
             "no_verdict": float((~rows).sum()),
-            "num_tokens_credit": float(scheme.drawn),
+            "num_tokens_credit": float(scheme.drawn + sampled - int(b.action.sum())),  # besides b: the greedy ones
             **measures.sampler_difference(b, logp_old),
         }
+        if cfg.baseline == "leave_one_out":  # elsewhere a group without spread is compared with something else
+            metrics["frac_reward_zero_std"] = measures.mean((deviation == 0).float(), rows)
         if gold is not None:
             truth = gold(b)
             metrics["objective/gold"] = measures.mean(truth.value, truth.verdict)

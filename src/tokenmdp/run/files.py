@@ -78,7 +78,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a *.jsonl file, one a line; a line that was broken off says nothing, and no more does a file that is not there."""
     with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
         for line in file:
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 if isinstance(found := json.loads(line), dict):
                     yield found
 
