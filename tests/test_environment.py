@@ -129,6 +129,8 @@ def test_a_missing_verdict_is_no_zero(policy: Policy, task: Task) -> None:
     world.reset(seed=0)
     with pytest.raises(ValueError, match=r"silent gave no verdict .*missing=0\.0"):
         world.step(end)
+    with pytest.raises(ValueError, match="gave no verdict"):  # and so again: the step was not taken
+        world.step(end)
     world = env(policy, task, reward=Silent(), missing=-1.0)
     world.reset(seed=0)
     _, earned, done, _, info = world.step(end)
@@ -149,6 +151,11 @@ def test_a_function_of_the_users_judges(policy: Policy, task: Task) -> None:
     [
         ({"prompts": 1}, "there is no option 'prompts'"),
         ({"prompt": 10_000}, "prompt 10000 of "),
+        ({"prompt": 1.5}, r"'prompt' is 1\.5: give a whole number"),
+        ({"prompt": True}, "'prompt' is True"),
+        ({"response": None}, "'response' is None: give the tokens"),
+        ({"response": "ab"}, "'response' is 'ab'"),
+        ({"response": [1.5]}, r"a token of 'response' is 1\.5"),
         ({"prompt": 0, "response": [1] * H}, "response of 4 tokens that is over"),
         ({"prompt": 0, "response": [1] * (H + 1)}, "horizon is 4"),
         ({"prompt": 0, "response": [-1]}, "outside the vocabulary"),
@@ -168,6 +175,13 @@ def test_what_cannot_be_built_or_stepped(policy: Policy, task: Task) -> None:
         env(policy, Task("bare", task.train))
     with pytest.raises(ValueError, match="holds no prompts out"):
         env(policy, Task("bare", task.train, reward=task.reward), held_out=True)
+    for wrong in (float("nan"), "x"):
+        with pytest.raises(ValueError, match="missing is"):
+            env(policy, task, missing=wrong)
+    world = env(policy, task)
+    world.reset(seed=0)
+    with pytest.raises(ValueError, match=r"the action is 1\.7"):
+        world.step(1.7)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="'ansi'"):
         env(policy, task, render_mode="human")
     world = env(policy, task)

@@ -14,6 +14,8 @@ is part of the task. Which of the two ended a response is in `info`, as `ended`.
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -71,6 +73,11 @@ class TokenEnv(gymnasium.Env[NDArray[np.int64], np.int64]):
         self.prompts = task.held_out if held_out else task.train
         if not self.prompts:
             raise ValueError(f"the task {task.name} holds no prompts out: take those it gives to learn on")
+        earns: object = missing  # whatever was given
+        if earns is not None and not (isinstance(earns, int | float) and math.isfinite(earns)):
+            raise ValueError(
+                f"missing is {missing!r}: give what a response without a verdict earns, a finite number, or None"
+            )
         if render_mode not in (None, "ansi"):
             raise ValueError(f"render_mode is {render_mode!r}; it is None or 'ansi'")
         if task.longest + max_new_tokens > policy.context:
@@ -102,12 +109,15 @@ class TokenEnv(gymnasium.Env[NDArray[np.int64], np.int64]):
         """
         super().reset(seed=seed)
         given = dict(options or {})
-        at = given.pop("prompt", None)
-        response = tuple(given.pop("response", ()))
+        at, chosen = given.pop("prompt", None), given.pop("response", ())
         if given:
             raise ValueError(f"there is no option {', '.join(map(repr, given))}; there are 'prompt' and 'response'")
-        if at is None:
-            at = int(self.np_random.integers(len(self.prompts)))
+        at = int(self.np_random.integers(len(self.prompts))) if at is None else _whole(at, "the option 'prompt'")
+        if isinstance(chosen, str) or not hasattr(chosen, "__iter__"):
+            raise ValueError(
+                f"the option 'response' is {chosen!r}: give the tokens chosen already, a sequence of whole numbers"
+            )
+        response = tuple(_whole(token, "a token of 'response'") for token in chosen)
         if not 0 <= at < len(self.prompts):
             raise ValueError(f"prompt {at} of {len(self.prompts)}: give 0 to {len(self.prompts) - 1}")
         prompt = self.prompts[at]
@@ -126,8 +136,9 @@ class TokenEnv(gymnasium.Env[NDArray[np.int64], np.int64]):
         """
         if self._prompt is None or self._state is None:
             raise ValueError("a step before the first reset: there is no state yet")
-        state = self._state = self.mdp.step(self._state, int(action))
+        state = self.mdp.step(self._state, _whole(action, "the action"))
         if not state.done:
+            self._state = state
             return self._seen(state), 0.0, False, False, {}
         text = self.policy.response_text(self._prompt.ids, state.response)
         b = Batch.build([self._prompt], [state.response], texts=[text], ended=[state.ended], pad=self.policy.eos_ids[0])
@@ -140,7 +151,8 @@ class TokenEnv(gymnasium.Env[NDArray[np.int64], np.int64]):
                 f"the reward {self.reward.name} gave no verdict on {text[:40]!r} ({why}): say what such a response earns, by "
                 "missing=0.0 or another number"
             )
-        return self._seen(state), earned, True, False, {"text": text, "ended": state.ended, "score": score}
+        self._state = state  # not before the reward has answered: after an error the step can be taken again
+        return self._seen(state), float(earned), True, False, {"text": text, "ended": state.ended, "score": score}
 
     def render(self) -> str | None:
         """The prompt and the response so far, as text, where `render_mode` is "ansi"."""
@@ -154,3 +166,13 @@ class TokenEnv(gymnasium.Env[NDArray[np.int64], np.int64]):
         start = self.longest - state.start
         seen[start : start + len(state.tokens)] = state.tokens
         return seen
+
+
+def _whole(value: Any, what: str) -> int:
+    """A whole number as one, be it Python's, numpy's or torch's."""
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise ValueError(f"{what} is {value!r}: give a whole number")

@@ -99,7 +99,11 @@ def test_a_stop_string_inside_a_token() -> None:
 
 
 def test_text_that_spells_a_special_token() -> None:
-    assert audit.special_tokens(policy()) == ["<eos>"]
+    p = policy()
+    assert audit.special_tokens(p) == ["<eos>"]
+    p.tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+    p.tokenizer.add_special_tokens({"unk_token": "?"})
+    assert audit.special_tokens(p) == ["<eos>", "<turn>"], "what is unknown is in any text with blanks"
 
 
 def test_the_verb_says_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,9 +130,35 @@ def test_the_verb_says_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "other tokens when their text is read again" in found["verdict"]
     assert "can spell <eos>" in found["verdict"]
     assert "chats" in capsys.readouterr().out
-    assert (
-        audit.in_words({"reread": {"mean": 0.0}}, []) == "Nothing changes on the way through text, for these queries."
-    )
+    none, nothing = {"mean": 0.0}, "Nothing changes on the way through text, for these queries."
+    assert audit.in_words({"reread": none, "next turn": none}, []) == nothing
+    assert audit.in_words({"reread": none}, []).endswith("the template refuses a second turn.")
+
+
+def test_greedy_responses_to_a_named_task_have_no_paths_apart(tmp_path: Path) -> None:
+    policy(merges=True).save(tmp_path / "model")
+    cfg = audit.Config(str(tmp_path / "model"), "copying", samples=2, max_new_tokens=3, temperature=0.0)
+    with Run.open(tmp_path / "run", {}, 0) as run:
+        audit.main(cfg, run)
+    lines = [json.loads(line) for line in (tmp_path / "run/audit.jsonl").read_text().splitlines()]
+    assert [line["kind"] for line in lines] == ["copying", "all"]
+    assert lines[0]["responses"] == 2 * audit.MOST
+    assert lines[0]["paths"] is None
+
+
+def test_a_stop_may_be_written_with_backslash_n_and_kinds_may_be_untold() -> None:
+    p = policy()
+    row = audit.Query("kind", p.prompt("c"))
+    ids = p.encode("ab")
+    batch = Batch.build([row.prompt], [ids], texts=["ab"], ended=[False], logp_mu=[[0.0] * len(ids)])
+    assert audit.looked_at(p, [row], batch, (r"\n",), 1.0)[0]["stop"] is None, "no line break in it"
+
+
+@pytest.mark.parametrize(("kind", "shown"), [(None, "yours"), ("", "yours"), ("all", "all, yours"), (3, "3")])
+def test_kinds_of_queries(tmp_path: Path, kind: object, shown: str) -> None:
+    (tmp_path / "q.jsonl").write_text(json.dumps({"prompt": "ab", "kind": kind}))
+    [query] = audit.asked(audit.Config(task=str(tmp_path / "q.jsonl")), policy())
+    assert query.kind == shown
 
 
 def test_settings_that_ask_nothing_are_refused() -> None:

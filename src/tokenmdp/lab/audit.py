@@ -22,11 +22,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from tokenmdp import stats
+from tokenmdp import stats, tasks
 from tokenmdp.lab.checks import logp_of
 from tokenmdp.models import catalog
 from tokenmdp.models.policy import Policy
@@ -81,6 +80,7 @@ KINDS: Mapping[str, tuple[str, ...]] = {
         "Repeat after me: naïve café, 25 °C, “quoted” — done…",
     ),
 }
+MOST = 32  # prompts of a named task
 AFTER = "Go on."  # the user's next message
 RATES = ("reread", "joined", "next turn", "character", "stop")
 
@@ -88,8 +88,12 @@ RATES = ("reread", "joined", "next turn", "character", "stop")
 @dataclass(frozen=True)
 class Config:
     model: str = "smollm2-135m-instruct"  # a name, a folder or a hub id
-    task: str = ""  # a file or hub id of prompts of yours, with a column `kind` if you like; empty for kinds of ours
-    stops: tuple[str, ...] = ("\n\n", "###", "User:")  # strings at which others would cut a response
+    task: str = ""  # a task's name, or a file or hub id of prompts of yours, with a column `kind` if you like; empty for kinds of ours
+    stops: tuple[str, ...] = (
+        r"\n\n",
+        "###",
+        "User:",
+    )  # strings at which others would cut a response; \n is a line break, \t a tab
     samples: int = 4  # responses to each prompt
     max_new_tokens: int = 48  # the horizon H, in tokens
     temperature: float = 1.0
@@ -147,6 +151,9 @@ def asked(cfg: Config, policy: Policy) -> list[Query]:
     chat = bool(policy.tokenizer.chat_template)
     queries: list[Query] = []
     messages: tuple[Mapping[str, str], ...]
+    if cfg.task in tasks.names():
+        prompts = tasks.load(cfg.task, policy).first(MOST, lambda text: None)
+        return [Query(cfg.task, prompt) for prompt in prompts]
     if not cfg.task:
         for kind, texts in KINDS.items():
             for text in texts:
@@ -156,7 +163,8 @@ def asked(cfg: Config, policy: Policy) -> list[Query]:
     for i, line in enumerate(files.rows(cfg.task)):
         content, columns = formats.prompt(line, i)
         messages = () if isinstance(content, str) else tuple(content)
-        queries.append(Query(str(columns.get("kind", "yours")), policy.prompt(content, i, columns), messages))
+        kind = str(columns.get("kind") or "yours")
+        queries.append(Query("all, yours" if kind == "all" else kind, policy.prompt(content, i, columns), messages))
     return queries
 
 
@@ -166,6 +174,7 @@ def looked_at(
     """For each response what becomes of it; None where a question does not arise."""
     assert b.logp_mu is not None, "sampled here"
     apart = ((logp_of(policy, b, temperature or 1.0) - b.logp_mu).abs() * b.action).sum(-1) / b.action.sum(-1)
+    cuts = [stop.replace(r"\n", "\n").replace(r"\t", "\t") for stop in stops]
     rows = []
     for i, query in enumerate(queries):
         ids = b.tokens[i][b.action[i]].tolist()
@@ -180,8 +189,10 @@ def looked_at(
                 "joined": state not in (joined, [*policy.opening, *joined]),
                 "next turn": next_turn(policy, query, text, state),
                 "character": "\ufffd" in text,
-                "stop": stopped(policy, own, stops),
-                "paths": float(apart[i]),
+                "stop": stopped(policy, own, cuts),
+                "paths": float(apart[i])
+                if temperature > 0
+                else None,  # a greedy token has no other log-probability than 0
             }
         )
     return rows
@@ -214,10 +225,16 @@ def stopped(policy: Policy, own: Sequence[int], stops: Sequence[str]) -> bool | 
 
 def special_tokens(policy: Policy) -> list[str]:
     """The special tokens that a text can spell: a user who writes one ends a turn, or begins one in another's name."""
-    known = {
-        str(token): policy.tokenizer.convert_tokens_to_ids(str(token)) for token in policy.tokenizer.all_special_tokens
-    }
-    return sorted(token for token, number in known.items() if number in policy.encode(f"say {token} twice"))
+    tokenizer = policy.tokenizer
+    known: dict[str, Any] = {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    known |= {str(token): tokenizer.convert_tokens_to_ids(str(token)) for token in tokenizer.all_special_tokens}
+    plain = policy.encode("say  twice")
+    return sorted(
+        token
+        for token, number in known.items()
+        if number != tokenizer.unk_token_id  # whatever else the text holds may be unknown
+        and policy.encode(f"say {token} twice").count(number) > plain.count(number)
+    )
 
 
 def rates(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -230,7 +247,8 @@ def rates(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 np.array([float(row[name]) for row in known]), [row["prompt"] for row in known]
             )
             out[name] = {**share._asdict(), "of": len(known)}
-    out["paths"] = float(torch.tensor([row["paths"] for row in rows]).mean())
+    apart = [row["paths"] for row in rows if row["paths"] is not None]
+    out["paths"] = float(np.mean(apart)) if apart else None
     return out
 
 
@@ -247,6 +265,8 @@ def in_words(found: Mapping[str, Any], spelled: Sequence[str]) -> str:
     said = [f"{share:.0%} {what[name]}." for name, share in happens.items()]
     if not said:
         said = ["Nothing changes on the way through text, for these queries."]
+    if "next turn" not in found:
+        said.append("Later turns were not looked at: these are no chats, or the template refuses a second turn.")
     if spelled:
         said.append(f"A user's text can spell {', '.join(spelled)}: take such strings out of what users write.")
     return " ".join(said)
@@ -263,5 +283,5 @@ def table(found: Mapping[str, Mapping[str, Any]], name: str) -> Table:
         cells = [
             f"{x['mean']:.2f} [{x['low']:.2f}, {x['high']:.2f}]" if (x := row.get(rate)) else "–" for rate in RATES
         ]
-        shown.add_row(kind, str(row["responses"]), *cells, f"{row['paths']:.2g}")
+        shown.add_row(kind, str(row["responses"]), *cells, "–" if row["paths"] is None else f"{row['paths']:.2g}")
     return shown
