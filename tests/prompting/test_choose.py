@@ -260,6 +260,7 @@ def test_without_propensities_such_a_log_tells_nothing() -> None:
     picks = np.arange(len(log.queries)) % 2
     found = judged.choices(log, {"known": picks}, picks * 0)
     assert judged.in_words(found, "known").startswith("Nothing can be told")
+    assert [name for name, row in found.items() if "untold" in row] == ["random", "known"]
 
 
 def test_a_prompt_tried_on_easy_queries_is_not_credited_with_them() -> None:

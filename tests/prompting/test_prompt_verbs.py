@@ -194,6 +194,10 @@ def test_what_the_log_does_not_tell_is_no_figure_on_its_page(
         for i in rng.permutation(400).tolist()
     ]
     summary, said, page = judged_log(tmp_path, rows, capsys)
-    assert summary["verdict"] == f"Nothing can be told: {summary['untold']}."
+    rows_of = summary["choices"]
+    assert summary["verdict"] == f"Nothing can be told: {rows_of[summary['choice']]['untold']}."
     assert "the propensities are too large" in said
     assert "the log does not say" in page
+    assert "Not shown, for the log does not tell what they earn: random, best constant (train)" in page
+    assert "mean weight" in said
+    assert all("[" not in line for line in said.splitlines() if line.startswith(("│ random", "│ logistic")))

@@ -135,8 +135,9 @@ def choices(
 
     Returns:
         By name `reward` and `over_constant`, paired by query, each a mean and a 95 % interval that resamples questions;
-        `checked`: on what share of the queries that it moved away from the constant both were tried (1 for estimates); and
-        of estimates `overlap`: how far the log speaks of that policy at all (`estimate.Overlap`).
+        `checked`: on what share of the queries that it moved away from the constant both were tried (1 for estimates);
+        of estimates `overlap`: how far the log speaks of that policy at all (`estimate.Overlap`); and where the log tells
+        nothing of what it gains, `untold`: why. Such figures are of whatever queries are left, and not to be shown.
     """
     table, tried = log.matrix(), log.tried()
     table = table[tried]
@@ -144,7 +145,7 @@ def choices(
     whole = choose.whole(log)
     picked = {CONSTANT: constant, **chosen}
     if not whole and log.propensity is not None and value is not None:
-        return _estimated(log, picked, value, group, seed)
+        return _said(_estimated(log, picked, value, group, seed))
     known = ~np.isnan(table).all(1)
     at, rows = group[tried], np.arange(len(tried))
     earned = {
@@ -162,7 +163,12 @@ def choices(
             "queries": int(both.sum()),
             "checked": float(both[moved].mean()) if moved.any() else 1.0,
         }
-    return out
+    return _said(out)
+
+
+def _said(found: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The same, with the reason where a row tells nothing."""
+    return {name: {**row, **({"untold": why} if (why := untold(found, name)) else {})} for name, row in found.items()}
 
 
 def _estimated(

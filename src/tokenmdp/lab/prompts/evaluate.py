@@ -105,7 +105,6 @@ def evaluate(cfg: Config, log: logs.Log, run: Run) -> dict[str, Any]:
         "moved": shown.moved(held, pick, constant),
         "changed": shown.changed(held, pick, constant),
         "verdict": judged.in_words(earned, cfg.choice, "abstaining"),
-        "untold": judged.untold(earned, cfg.choice),
         "facts": {**log.facts, "trials": len(log), "queries": len(log.queries), "prompts": len(log.prompts)},
         "repeated_questions": repeated,
         "prediction": {name: judged.prediction(held, value) for name, value in values.items()},
@@ -159,7 +158,8 @@ def tables(found: dict[str, Any]) -> list[Table]:
         lies = row.get("overlap")
         diagnosed = [f"{lies['effective']:.0f}", f"{lies['mean']:.2f}"] if lies else []
         calls = "–" if name == "oracle" else str(row.get("calls", 1))
-        first.add_row(name, calls, span(row["reward"]), span(row["over_constant"]), str(row["queries"]), *diagnosed)
+        figures = ["–", "–"] if row.get("untold") else [span(row["reward"]), span(row["over_constant"])]
+        first.add_row(name, calls, *figures, str(row["queries"]), *diagnosed)
     second = Table(title="what Υ says of held-out trials", title_justify="left")
     kinds = ("accuracy", "precision", "auc", "auc_within_prompt", "squared_error", "ece", "retest")
     for name in ("proxy", *kinds):

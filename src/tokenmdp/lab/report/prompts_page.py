@@ -39,6 +39,7 @@ def sections(summary: Figures) -> dict[str, Any]:
         "clusters": [(r.get("id"), count(number(r.get("queries"))), r.get("text")) for r in summary.rows("by_cluster")],
         "predicted": list(predicted(summary)),
         "overlap": list(overlap(summary)),
+        "untold": [n for n, row in summary.mapping("choices").items() if isinstance(row, dict) and row.get("untold")],
         "asked_all": "vote" in summary.mapping("choices") or "confidence" in summary.mapping("choices"),
         "changed": summary.rows("changed"),
         "moved": moved(summary),
@@ -60,9 +61,10 @@ def tiles(summary: Figures) -> list[dict[str, Any]]:
         (choice, "Choosing", "over_constant", "accent"),
         ("oracle", "Oracle", "reward", "arm4"),
     ):
-        if name == choice and summary.text("untold"):
+        row = table.get(name)
+        if isinstance(row, dict) and row.get("untold"):
             tile(label, "–", "the log does not say", role)
-        elif isinstance(row := table.get(name), dict) and (x := Figures({"x": row.get(key)}).interval("x")):
+        elif isinstance(row, dict) and (x := Figures({"x": row.get(key)}).interval("x")):
             named = (
                 f"Best constant: {best}"
                 if name.startswith("best constant") and (best := summary.text("best_constant"))
@@ -78,9 +80,9 @@ def tiles(summary: Figures) -> list[dict[str, Any]]:
 
 
 def choices(summary: Figures, key: str) -> Iterator[figures.Rung]:
-    """One rung a way to choose."""
+    """One rung a way to choose of which the log tells something."""
     for name, row in summary.mapping("choices").items():
-        if isinstance(row, dict) and (x := Figures({"x": row.get(key)}).interval("x")):
+        if isinstance(row, dict) and not row.get("untold") and (x := Figures({"x": row.get(key)}).interval("x")):
             yield name, x, ROLES.get(name, "accent")
 
 
