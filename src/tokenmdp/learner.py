@@ -108,6 +108,13 @@ class Learner:
         fall = max(0.0, 1 - self.taken / self.steps) if self.schedule == "linear" else 1.0
         return min(rise, fall)
 
+    @property
+    def warning(self) -> str:
+        """What a run says of it when its steps are over; empty where all is well."""
+        if self.taken >= self.warmup:
+            return ""
+        return f"the learning rate was still rising after {self.taken} optimiser steps: warmup={self.warmup} takes that many"
+
     def step(self, loss: Loss, data: Data, weight: Tensor, **columns: Tensor) -> dict[str, float]:
         """Take one optimiser step on Σ weight · loss.
 

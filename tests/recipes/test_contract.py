@@ -42,5 +42,9 @@ def test_a_warm_up_makes_the_first_updates_small(name: str, tmp_path: Path) -> N
         with Run.open(tmp_path / str(warmup), {}, 0) as run:
             policy, _ = module.train(cfg, *pieces, run=run)
         weights = zip(policy.model.parameters(), pieces[0].model.parameters(), strict=True)
+        said = (tmp_path / str(warmup) / "log.txt").read_text()
+        assert ("the learning rate was still rising after" in said) == bool(warmup), (
+            "and that the run ended in it is said"
+        )
         moved.append(max(float((after - before).detach().abs().max()) for after, before in weights))
     assert 0 < moved[1] < moved[0] / 50

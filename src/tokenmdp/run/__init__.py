@@ -357,7 +357,8 @@ class Run:
 
         Args:
             n: how many steps there are in all.
-            state: everything that a step changes and the next step reads, besides the random streams.
+            state: everything that a step changes and the next step reads, besides the random streams. What its `warning`
+                says at the end, if it has one, is passed on.
             title: names the bar.
             every_seconds: the least time between two checkpoints; 0 writes one after every step. Where writing is slow
                 they come further apart, so that no more than about a twentieth of the time goes into them.
@@ -388,6 +389,8 @@ class Run:
                     saved = time.monotonic()
                     wait = max(every_seconds, 20 * (saved - begun)) if every_seconds else 0.0
         self.note(f"{title}: {n} steps done, {n - start} of them in {clock(time.monotonic() - born)}")
+        for warning in filter(None, (getattr(part, "warning", "") for part in state)):
+            self.note(f"warning: {title}: {warning}")
 
     def _load(self, path: Path, parts: Sequence[Stateful], title: str) -> int:
         about = read_about(path)
