@@ -103,7 +103,9 @@ def test_text_that_spells_a_special_token() -> None:
     assert audit.special_tokens(p) == ["<eos>"]
     p.tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
     p.tokenizer.add_special_tokens({"unk_token": "?"})
-    assert audit.special_tokens(p) == ["<eos>", "<turn>"], "what is unknown is in any text with blanks"
+    assert audit.special_tokens(p) == ["<eos>", "<turn>"], "a question mark is one in pieces, too"
+    p.tokenizer.add_special_tokens({"unk_token": "<turn>"})
+    assert audit.special_tokens(p) == ["<eos>", "<turn>"], "some models name a mark of theirs as the unknown token"
 
 
 def test_the_verb_says_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
