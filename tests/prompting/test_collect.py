@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import torch
 
 from tokenmdp import cli
 from tokenmdp.models import catalog
@@ -202,6 +203,25 @@ def test_another_text_or_another_setting_is_not_taken_for_what_was_asked(tmp_pat
     hot.settings = {"temperature": 2}
     with pytest.raises(ValueError, match=r"asked with \{'temperature': 2\}"):
         collect.collect(hot, collect.wanted(QUERIES, PROMPTS, 2), collect.Trials(path))
+
+
+def test_models_of_one_name_are_told_apart_by_their_weights(tmp_path: Path) -> None:
+    path, asked = tmp_path / "t.jsonl", collect.wanted(QUERIES, PROMPTS, 1)
+    first, second = (catalog.load("tiny").freeze() for _ in "ab")
+    with torch.no_grad():
+        next(second.model.parameters()).add_(1.0)
+    collect.collect(collect.Local(first, Sampling(2)), asked[:4], collect.Trials(path))
+    with pytest.raises(ValueError, match="answers of the two must not be mixed"):
+        collect.collect(collect.Local(second, Sampling(2)), asked, collect.Trials(path))
+    assert len(rows(path)) == 4
+    # Trials written before weights were told apart say nothing of them: they are read, and go on.
+    before = rows(path)
+    assert all(row["settings"].pop("fingerprint") == first.fingerprint() for row in before)
+    path.write_text("".join(json.dumps(row) + "\n" for row in before))
+    found = collect.collect(collect.Local(second, Sampling(2)), asked, collect.Trials(path))
+    assert (found["found"], found["made"]) == (4, 4)
+    with pytest.raises(ValueError, match="must not be mixed"):
+        collect.collect(collect.Local(first, Sampling(2)), asked, collect.Trials(path))
 
 
 def test_a_log_is_written_by_one_process_at_a_time(tmp_path: Path) -> None:

@@ -102,7 +102,8 @@ class Local:
         self.policy, self.sampling, self.rows, self.seed = policy, sampling, rows, seed
         self.chat = chat and bool(policy.tokenizer.chat_template)
         self.name = policy.name
-        self.settings = {**settings_of(sampling), "chat": self.chat}
+        # The weights themselves: a name is a folder's own, and runs/a/model and runs/b/model are both "model".
+        self.settings = {**settings_of(sampling), "chat": self.chat, "fingerprint": policy.fingerprint()}
 
     def answer(self, asked: Sequence[Asked]) -> Iterator[Answered]:
         """In order."""
@@ -406,11 +407,14 @@ def collect(
         tokens and cost; the last `fault`, if any failed.
 
     Raises:
+        ValueError: the file holds trials of a model of this name with other settings or other weights.
         TooManyFaults: with the last reason; the same call goes on from here.
     """
-    if trials.settings.get(model.name, model.settings) != model.settings:
+    there = trials.settings.get(model.name, model.settings)
+    unknown = {k: v for k, v in model.settings.items() if k == "fingerprint"}  # of trials written before it was kept
+    if unknown | there != model.settings:
         raise ValueError(
-            f"{trials.path} holds trials of {model.name} with {trials.settings[model.name]}, and now it is asked with {model.settings}: "
+            f"{trials.path} holds trials of {model.name} with {there}, and now it is asked with {model.settings}: "
             "answers of the two must not be mixed; collect into another file"
         )
     todo = [a for a in asked if not trials.holds(a, model.name)]
