@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tokenmdp.lab import pair_figures
+from tokenmdp.lab import pair_figures, reward_words
 from tokenmdp.lab.pair_figures import Scored, calibrated, cross_prompt, figures, temperature
 
 NAN = float("nan")
@@ -56,12 +56,34 @@ def test_one_pair_and_all_ties_have_figures_and_say_what_they_lack() -> None:
 
 
 def test_pairs_of_one_prompt_are_one_trial() -> None:
-    # One prompt with eight right pairs, seven with one wrong pair each: half of the pairs, an eighth of the prompts.
-    prompt = np.array([0] * 8 + list(range(1, 9)))
-    found = figures(scored([1] * 8 + [0] * 8, [0] * 8 + [1] * 8, prompt=prompt), None)
-    assert found["accuracy"]["mean"] == 0.5
-    assert found["accuracy_over_prompts"]["mean"] == pytest.approx(1 / 9)
-    assert found["prompts"] == 9
+    # Eight prompts, five right and three wrong: four copies of each pair are as much evidence, for every rate.
+    chosen, rejected = [1] * 5 + [0] * 3, [0] * 5 + [1] * 3
+    lengths = np.array([[1.0, 2], [2, 1]] * 4)
+
+    def told(times: int) -> list[dict[str, Any]]:
+        subset = [name for name in ["chat", "hard"] * 4 for _ in range(times)]
+        changes = {"lengths": np.repeat(lengths, times, 0), "subset": subset}
+        sides = (list(np.repeat(x, times)) for x in (chosen, rejected))
+        index = np.repeat(np.arange(8), times)
+        found = figures(scored(*sides, prompt=index, row=np.arange(8 * times), **changes), None)
+        length = found["length"]
+        rates = [found["accuracy"], found["longer_is_better"], *found["subsets"].values()]
+        return [*rates, length["accuracy_chosen_shorter"], length["accuracy_chosen_longer"]]
+
+    for once, often in zip(told(1), told(4), strict=True):
+        assert often["n"] == 4 * once["n"]
+        assert often["low"] <= once["low"] + 1e-12
+        assert often["high"] >= once["high"] - 1e-12
+
+
+@pytest.mark.parametrize(("better", "words"), [(1, ": better than a coin."), (-1, ": worse than a coin.")])
+def test_a_reward_that_is_always_right_or_always_wrong_is_told_from_a_coin(better: int, words: str) -> None:
+    # Forty prompts of two pairs each: Wilson's interval of 40 of 40 begins at 40 / (40 + 1.96²) = 0.912.
+    found = figures(scored([better] * 80, [0] * 80, prompt=np.repeat(np.arange(40), 2)), None)
+    ends = (found["accuracy"]["low"], found["accuracy"]["high"])
+    assert ends == pytest.approx((0.912, 1) if better > 0 else (0, 0.088), abs=1e-3)
+    said = reward_words.verdict({"pairs": {**found, "data": {"cut": 0, "duplicates": 0, "contradicted": 0}}})[0]
+    assert said.endswith(f"of 80 pairs of 40 prompts{words}")
 
 
 def test_a_row_of_several_answers_is_right_if_all_its_pairs_are() -> None:
@@ -157,4 +179,4 @@ def test_the_temperature_is_the_likeliest_and_mends_a_scale() -> None:
 
 
 def test_rates_of_nothing_say_so() -> None:
-    assert pair_figures.rate(np.zeros(0)) == {"absent": "no such pairs", "n": 0}
+    assert pair_figures.rate(np.zeros(0), np.zeros(0, dtype=int)) == {"absent": "no such pairs", "n": 0}

@@ -63,6 +63,13 @@ def test_a_reward_that_pays_for_capitals_is_found_out(policy: Policy) -> None:
     assert abs(found["probes"]["trailing newline"]["effect"]["mean"]) < 0.1
 
 
+def test_pairs_of_one_prompt_are_one_trial_of_a_turned_decision(policy: Policy) -> None:
+    chosen, rejected = pairs_of(policy)  # two prompts with the same tokens
+    capitals = reward(lambda text: float(sum(c.isupper() for c in text)) + 0.01 * len(text))
+    flips = probes.probed(capitals, chosen, rejected, policy)["probes"]["upper case"]["flips"]
+    assert flips["low"] == pytest.approx(1 / (1 + 1.96**2), abs=1e-3), "Wilson's of one trial, not of two"
+
+
 def test_a_reward_that_reads_only_words_is_left_alone(policy: Policy) -> None:
     chosen, rejected = pairs_of(policy)
     words = reward(lambda text: float("good" in text.lower()) - float("dull" in text.lower()))

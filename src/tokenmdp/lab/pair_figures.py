@@ -61,14 +61,11 @@ def right(difference: Array) -> Array:
     return np.asarray((np.sign(difference) + 1) / 2)
 
 
-def rate(values: Array, cluster: Labels | None = None) -> dict[str, Any]:
-    """A rate with Wilson's interval; with clusters that repeat, the mean over clusters with a bootstrap over them."""
+def rate(values: Array, prompt: Labels) -> dict[str, Any]:
+    """A rate with Wilson's interval for as many trials as the pairs are worth: those of one prompt share its difficulty."""
     if len(values) == 0:
         return {"absent": "no such pairs", "n": 0}
-    if cluster is not None and len(np.unique(cluster)) < len(cluster):
-        means = by_cluster(values, cluster)
-        return {**said(lambda: stats.bounded(stats.bootstrap_mean(means), 0.0, 1.0)), "n": len(values)}
-    return {**stats.wilson(float(values.sum()), len(values))._asdict(), "n": len(values)}
+    return {**stats.clustered_wilson(values, prompt)._asdict(), "n": len(values)}
 
 
 def by_cluster(values: Array, cluster: Labels) -> Array:
@@ -98,21 +95,20 @@ def figures(scored: Scored, scale: float | None) -> dict[str, Any]:
     found = right(difference)
     longer = right(kept.lengths[:, 0] - kept.lengths[:, 1])
     out: dict[str, Any] = {
-        "accuracy": rate(found),
+        "accuracy": rate(found, kept.prompt),
         "ties": int((difference == 0).sum()),
         "no_verdict": len(scored) - len(kept),
         "prompts": len(np.unique(kept.prompt)),
         "cross_prompt": cross_prompt(kept),
-        "longer_is_better": rate(longer),
+        "longer_is_better": rate(longer, kept.prompt),
         "gain_over_longer": said(lambda: stats.bootstrap_mean(by_cluster(found - longer, kept.prompt))),
         "calibration": calibrated(difference, kept.prompt, scale),
         "length": length_bias(kept),
     }
-    if out["prompts"] < len(kept):  # pairs of one prompt are no independent trials
-        out["accuracy_over_prompts"] = rate(found, kept.prompt)
-    if len(np.unique(kept.row)) < len(kept):  # rows with several answers: RewardBench's second version
-        whole = np.array([found[kept.row == row].min() == 1 for row in np.unique(kept.row)], dtype=np.float64)
-        out["rows_all_right"] = rate(whole)
+    rows, first = np.unique(kept.row, return_index=True)
+    if len(rows) < len(kept):  # rows with several answers: RewardBench's second version
+        whole = np.array([found[kept.row == row].min() == 1 for row in rows], dtype=np.float64)
+        out["rows_all_right"] = rate(whole, kept.prompt[first])
     given = np.isfinite(kept.margin)
     if given.any():
         out["margins"] = int(given.sum())
@@ -121,7 +117,8 @@ def figures(scored: Scored, scale: float | None) -> dict[str, Any]:
         )
     if kept.subset:
         names = np.array(kept.subset)
-        out["subsets"] = {name: rate(found[names == name]) for name in sorted(set(kept.subset))}
+        parts = {name: names == name for name in sorted(set(kept.subset))}
+        out["subsets"] = {name: rate(found[here], kept.prompt[here]) for name, here in parts.items()}
         out["mean_of_subsets"] = float(np.mean([part["mean"] for part in out["subsets"].values()]))
     return out
 
@@ -222,7 +219,7 @@ def length_bias(scored: Scored) -> dict[str, Any]:
     return {
         "score_length_spearman": said(lambda: stats.spearman(score, length, cluster=np.tile(prompt, 2))),
         "difference_spearman": said(lambda: stats.spearman(difference, longer, cluster=prompt)),
-        "accuracy_chosen_shorter": rate(found[longer < 0]),
-        "accuracy_chosen_longer": rate(found[longer > 0]),
+        "accuracy_chosen_shorter": rate(found[longer < 0], prompt[longer < 0]),
+        "accuracy_chosen_longer": rate(found[longer > 0], prompt[longer > 0]),
         "same_length": int((longer == 0).sum()),
     }

@@ -136,8 +136,8 @@ def probed(
         policy: whose tokenizer the reward reads.
 
     Returns:
-        `spread` of the scores as they were, in reward units; for each probe `effect` in that unit with its interval over
-        prompts, `flips` (of the pairs ranked right, the share ranked wrong once the rejected side alone is rewritten) and
+        `spread` of the scores as they were, in reward units; for each probe `effect` in that unit and `flips` (of the pairs
+        ranked right, the share ranked wrong once the rejected side alone is rewritten), with intervals over prompts, and
         `n`; `absent` with the reason where there is nothing to say.
     """
     both = Batch.concat([chosen, rejected])
@@ -160,7 +160,7 @@ def probed(
         lost = won & (plain[:half] < value[half:])
         out["probes"][name] = {
             "effect": _effect(shift[seen], prompt[seen]),
-            "flips": stats.wilson(int(lost.sum()), int(won.sum()))._asdict() if won.any() else None,
+            "flips": stats.clustered_wilson(lost[won], prompt[:half][won])._asdict() if won.any() else None,
             "n": int(seen.sum()),
         }
     return out

@@ -1,8 +1,9 @@
 """What a reward is worth before anything is optimised against it: on preferences it was not trained on, on format probes,
 and on a policy's own samples.
 
-    pairs      accuracy (Wilson), calibration, Spearman with the data's margins, length bias, per-subset accuracy, chosen
-               against rejected of other prompts; beside it the rule "the longer one is better", and one half
+    pairs      accuracy (Wilson's, prompts as clusters), calibration, Spearman with the data's margins, length bias,
+               per-subset accuracy, chosen against rejected of other prompts; beside it the rule "the longer one is
+               better", and one half
     leaks      pairs that stand in the file twice; with --trained-on FILE pairs and openings that training has seen, and
                the accuracy without them
     probes     what harmless formatting does to the score (see `probes`)
@@ -181,7 +182,9 @@ def shared(compared: Compared, table: Scored, trained: Sequence[Mapping[str, Any
         "openings": sum(openings),
         "rows": len(trained),
         "unreadable": unreadable,
-        "accuracy_without": pair_figures.rate(pair_figures.right(table.chosen[fresh] - table.rejected[fresh])),
+        "accuracy_without": pair_figures.rate(
+            pair_figures.right(table.chosen[fresh] - table.rejected[fresh]), table.prompt[fresh]
+        ),
     }
 
 

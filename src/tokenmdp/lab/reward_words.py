@@ -50,12 +50,10 @@ def _accuracy(pairs: Mapping[str, Any]) -> Iterator[str]:
     if ties == n:
         yield f"The reward gives both sides of all {n} pairs the same score: it prefers nothing."
         return
-    sure = pairs.get("accuracy_over_prompts", accuracy)
-    side = _side(sure, 0.5)
+    side = _side(accuracy, 0.5)
     words = {1: "better than a coin", 0: "not significantly better than a coin", -1: "worse than a coin"}[side]
-    yield f"Right on {percents(accuracy)} of {n} pairs: {words}."
-    if "accuracy_over_prompts" in pairs:
-        yield f"Pairs share prompts; over the {pairs['prompts']} prompts it is {percents(sure)}."
+    shared = f" of {pairs['prompts']} prompts" if pairs["prompts"] < n else ""
+    yield f"Right on {percents(accuracy)} of {n} pairs{shared}: {words}."
     gain = pairs["gain_over_longer"]
     rule = f"The rule “the longer one is better” is right on {pairs['longer_is_better']['mean']:.0%}"
     if "low" in gain:
