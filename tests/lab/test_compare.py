@@ -144,6 +144,19 @@ def test_the_rows_by_hand():
     assert next(row["solver"] for row in ranking.rows_of(made_up(), solvers.BASELINES)) == "good"
 
 
+def test_a_solver_that_gains_the_same_on_every_prompt_beat_its_start():
+    """From wrong on all prompts to right on all: a gain of 1 without any spread. One prompt, or no gain, says nothing."""
+    start, won = result("start", [0.0] * 50, "baseline"), result("good", [1.0] * 50)
+    assert ranking.beats(won, start) == (1.0, 1.0, 1.0)
+    rows = ranking.rows_of({"start": [start] * 5, "good": [won] * 5}, solvers.BASELINES)
+    assert rows[0]["failures"]["not better"] == 0
+    assert ranking.verdict(rows, 5)[0].startswith("The one solver beat its start significantly at every seed")
+    assert ranking.beats(start, won) == (-1.0, -1.0, -1.0)
+    unknown = (float("-inf"), float("inf"))
+    assert ranking.beats(result("idle", [0.0] * 50), start)[1:] == unknown
+    assert ranking.beats(result("good", [1.0]), result("start", [0.0]))[1:] == unknown
+
+
 def test_a_prompt_without_a_verdict_is_no_score_of_zero():
     """Both have a verdict on two prompts only: 0.6 - 0.2 and 0.8 - 0.3."""
     start, mine = result("start", [0.2, 0.3, None, 0.9], "baseline"), result("good", [0.6, 0.8, 0.1, None])

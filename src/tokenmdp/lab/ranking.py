@@ -40,12 +40,14 @@ def mean(scores: Sequence[float | None]) -> float:
 
 def beats(result: Result, start: Result) -> stats.Interval:
     """The gain over the start at one seed, paired by prompt; without an interval where nothing differs or one prompt is all
-    there is."""
+    there is, and without width where every prompt gains the same."""
     a, b = (np.asarray(r["scores"], dtype=np.float64) for r in (result, start))
     try:
         return stats.paired_bootstrap(a, b, resamples=2_000)
     except ValueError:  # no spread, or one prompt: there is nothing to resample
-        return stats.Interval(float((a - b).mean()), float("-inf"), float("inf"))
+        gain = float((a - b).mean())
+        width = 0.0 if len(a) > 1 and gain != 0 else float("inf")
+        return stats.Interval(gain, gain - width, gain + width)
 
 
 def unjudged(result: Result) -> float | None:
