@@ -145,19 +145,20 @@ def test_a_file_is_split_by_question(policy: Policy, tmp_path: Path):
     rows = [{"question": f"What is {i % 25} and {i % 5}?", "answer": i % 25 + i % 5} for i in range(50)]
     rows[30]["question"] = rows[30]["question"].upper() + "  "  # another spelling of the same question
     task = tasks.load(f"arithmetic:{write(tmp_path / 'mine.jsonl', rows)}", policy)
-    assert (len(task.train), len(task.held_out)) == (40, 10)  # each question stands there twice; a fifth is held out
+    # Each question stands there twice; a fifth of them is held out, once each.
+    assert (len(task.train), len(task.held_out), task.facts["dropped_as_repeated"]) == (40, 5, 5)
     sides = [{arithmetic.key(str(p.columns["question"])) for p in side} for side in (task.train, task.held_out)]
     assert (len(sides[0]), len(sides[1])) == (20, 5)
     assert not sides[0] & sides[1]
     again = tasks.load(
         "arithmetic", policy, source=tmp_path / "mine.jsonl", count=7, held_out=2, template="{question} ="
     )
-    assert (len(again.train), len(again.held_out)) == (7, 4)
+    assert (len(again.train), len(again.held_out)) == (7, 2)
     assert again.train[0].text.endswith("? =")
 
 
 def test_a_folder_has_a_test_part_that_training_never_meets(policy: Policy, tmp_path: Path):
-    asked = [GSM8K, {"question": "Two and two?", "answer": "4"}]
+    asked = [GSM8K, {"question": "Two and two?", "answer": "4"}, {"question": "Two and two", "answer": "= 4"}]
     write(
         tmp_path / "train.jsonl",
         [MAWPS, {"question": "two  and TWO ?", "answer": 4}, {"question": "Why?", "answer": "so"}],
@@ -168,7 +169,8 @@ def test_a_folder_has_a_test_part_that_training_never_meets(policy: Policy, tmp_
         assert [p.columns["answer"] for p in task.train] == [2.0]
         assert len(task.held_out) == held_out
         assert task.facts == {
-            "problems": 1, "held_out": held_out, "demonstrations": 1, "dropped_as_held_out": 1, "unreadable": 1,
+            "problems": 1, "held_out": held_out, "demonstrations": 1, "dropped_as_held_out": 1,
+            "dropped_as_repeated": 1, "unreadable": 1,
         }  # fmt: skip
     assert task.reward is not None
     assert task.demonstrations is not None

@@ -68,6 +68,16 @@ def test_prompts_of_a_file_are_split_by_prompt(policy: Policy, tmp_path: Path) -
         tasks.load(path, policy, held_out=1.0)
 
 
+def test_a_prompt_is_held_out_once_with_each_answer(policy: Policy, tmp_path: Path) -> None:
+    rows = [{"prompt": f"q{i % 20}", "answer": i % 40, "chosen": f" {i}", "rejected": " no"} for i in range(200)]
+    path = tmp_path / "repeated.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    task = tasks.load(path, policy, held_out=0.25)
+    # 5 of 20 prompts with 2 answers each are 10 rows, and each stands there five times.
+    assert (len(task.train), len(task.held_out), task.facts) == (150, 10, {"dropped_as_repeated": 40})
+    assert len({(p.ids, p.columns["answer"]) for p in task.held_out}) == 10
+
+
 def test_a_single_prompt_stays_to_learn_on(policy: Policy, tmp_path: Path) -> None:
     (tmp_path / "one.csv").write_text("prompt\nhello\n")
     task = tasks.load(tmp_path / "one.csv", policy, held_out=0.9)

@@ -10,10 +10,10 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -24,6 +24,7 @@ from tokenmdp.rewards.verifier import after_thinking
 from tokenmdp.types import Batch, Prompt, Reward, Score
 
 _NOT_TASKS = {"__init__", "data", "files", "formats"}
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,15 @@ class ExactAnswer:
         right = [float(x is not None and x.strip() == str(answer)) for x, answer in zip(said, answers, strict=True)]
         verdict = torch.tensor([answer is not None for answer in answers], device=batch.tokens.device)
         return Score(torch.where(verdict, torch.tensor(right, device=batch.tokens.device), 0.0), verdict)
+
+
+def once(items: Iterable[Item], key: Callable[[Item], Hashable]) -> Iterator[Item]:
+    """The first item of each key: what is judged is there once, since every judge takes its rows as independent."""
+    seen = set[Hashable]()
+    for item in items:
+        if (own := key(item)) not in seen:
+            seen.add(own)
+            yield item
 
 
 def names() -> list[str]:

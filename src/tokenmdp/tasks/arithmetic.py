@@ -6,7 +6,7 @@
 
 A file has the columns `question` and `answer`, and `equation` where there is one: GSM8K (the answer ends with `#### 18`),
 MAWPS and its like (`x=12-5`, 7), or plain numbers. A question never stands on both sides, whatever its case, spacing and
-punctuation; of problems made here, neither does a template with the same numbers.
+punctuation, and is held out once with each answer; of problems made here, no template stands on both sides with the same numbers.
 
 The demonstrations work the equation out, a step at a time: `12 - 5 = 7. 7 * 3 = 21. The answer is 21.`
 """
@@ -23,7 +23,7 @@ from typing import Any
 from tokenmdp.models.policy import Policy
 from tokenmdp.rewards import numerals
 from tokenmdp.rewards.verifier import NumericVerifier
-from tokenmdp.tasks import Task, data, files
+from tokenmdp.tasks import Task, data, files, once
 
 TEMPLATE = "Question: {question}\nAnswer:"
 MADE = 2000  # problems made where no number is given
@@ -93,9 +93,9 @@ def load(
         raise ValueError(f"the template {template!r} does not say where the question stands: write {{question}} there")
     if source is None:
         learned, kept = made(count or MADE, held_out, largest, seed)
-        unreadable = shared = 0
+        unreadable = shared = repeated = 0
     else:
-        learned, kept, shared, unreadable = _split(source, count, held_out, seed)
+        learned, kept, shared, repeated, unreadable = _split(source, count, held_out, seed)
     built = data.prompts([_prompt_row(row, template) for row in (*learned, *kept)], policy)
     shown = [{**_prompt_row(row, template), "completion": said} for row in learned if (said := demonstration(row))]
     return Task(
@@ -109,6 +109,7 @@ def load(
             "held_out": len(kept),
             "demonstrations": len(shown),
             "dropped_as_held_out": shared,
+            "dropped_as_repeated": repeated,
             "unreadable": unreadable,
         },
     )
@@ -212,9 +213,9 @@ def key(question: str) -> str:
     return " ".join(re.findall(r"\d+(?:[.,]\d+)*|\w+|[^\w\s.,;:!?'\"]", question.casefold()))
 
 
-def _split(source: str | Path, count: int, held_out: int, seed: int) -> tuple[list[Row], list[Row], int, int]:
-    """The rows of a source to learn on and to judge on; how many left the first as they stand in the second; and how
-    many had no answer that can be read.
+def _split(source: str | Path, count: int, held_out: int, seed: int) -> tuple[list[Row], list[Row], int, int, int]:
+    """The rows of a source to learn on and to judge on; how many left the first as they stand in the second, and the
+    second as they stand there already; and how many had no answer that can be read.
     """
     path, rng = Path(source).expanduser(), random.Random(seed)
     with_test = any(path.glob("test.*")) if path.is_dir() else not path.is_file()
@@ -225,11 +226,15 @@ def _split(source: str | Path, count: int, held_out: int, seed: int) -> tuple[li
     unreadable = len(everything) + len(asked) - len(learned) - len(kept)
     if with_test:
         never = {key(row["question"]) for row in kept}  # also those that are not among the `held_out` drawn
-        kept = [kept[i] for i in sorted(rng.sample(range(len(kept)), min(held_out, len(kept))))]
+        different = _different(kept)
+        repeated = len(kept) - len(different)
+        kept = [different[i] for i in sorted(rng.sample(range(len(different)), min(held_out, len(different))))]
     else:
         questions = sorted({key(row["question"]) for row in learned})
         never = set(rng.sample(questions, min(held_out, len(questions) // 5)))
-        kept = [row for row in learned if key(row["question"]) in never]
+        asked = [row for row in learned if key(row["question"]) in never]
+        kept = _different(asked)
+        repeated = len(asked) - len(kept)
         learned = [row for row in learned if key(row["question"]) not in never]
     apart = [row for row in learned if key(row["question"]) not in never]
     shared = len(learned) - len(apart)
@@ -240,7 +245,12 @@ def _split(source: str | Path, count: int, held_out: int, seed: int) -> tuple[li
         )
     if count and count < len(apart):
         apart = [apart[i] for i in sorted(rng.sample(range(len(apart)), count))]
-    return apart, kept, shared, unreadable
+    return apart, kept, shared, repeated, unreadable
+
+
+def _different(rows: Sequence[Row]) -> list[Row]:
+    """Each question once with each answer."""
+    return list(once(rows, lambda row: (key(row["question"]), numerals.known(row["answer"]))))
 
 
 def _readable(rows: Sequence[Row]) -> Iterator[Row]:

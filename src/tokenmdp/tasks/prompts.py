@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from tokenmdp.models.policy import Policy
-from tokenmdp.tasks import Task, data, files
+from tokenmdp.tasks import Task, data, files, once
 from tokenmdp.types import Batch
 
 
 def load(policy: Policy, source: str | Path, split: str = "train", held_out: float = 0.1, seed: int = 0) -> Task:
-    """The prompts of `source`, split at random by `seed`; a prompt that occurs twice stays on one side.
+    """The prompts of `source`, split at random by `seed`; a prompt that occurs twice stays on one side, and one that is
+    held out is there once with each answer.
 
     Args:
         source: a file, a folder or a hub id (see `files.rows`).
@@ -32,11 +33,14 @@ def load(policy: Policy, source: str | Path, split: str = "train", held_out: flo
     count = min(round(held_out * len(distinct)), len(distinct) - 1)
     order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(seed)).tolist()
     kept = {distinct[i] for i in order[:count]}
+    asked = [p for p in found if p.ids in kept]
+    different = tuple(once(asked, lambda p: (p.ids, repr(p.columns.get("answer")))))
     return Task(
         name=Path(source).name,
         train=tuple(p for p in found if p.ids not in kept),
-        held_out=tuple(p for p in found if p.ids in kept),
+        held_out=different,
         demonstrations=_demonstrations([row for row, p in zip(rows, found, strict=True) if p.ids not in kept], policy),
+        facts={"dropped_as_repeated": len(asked) - len(different)},
     )
 
 

