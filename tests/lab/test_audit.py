@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -146,6 +148,15 @@ def test_greedy_responses_to_a_named_task_have_no_paths_apart(tmp_path: Path) ->
     assert [line["kind"] for line in lines] == ["copying", "all"]
     assert lines[0]["responses"] == 2 * audit.MOST
     assert lines[0]["paths"] is None
+
+
+def test_a_kind_is_shown_as_it_is_written() -> None:
+    rows = [{"kind": "[/x]", "prompt": i, **dict.fromkeys(audit.RATES, False), "paths": 0.1} for i in range(3)]
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(audit.table(audit.measured(rows), "[/y]"))
+    said = console.export_text()
+    assert "[/x]" in said
+    assert "[/y]: what changes" in said
 
 
 def test_a_stop_may_be_written_with_backslash_n_and_kinds_may_be_untold() -> None:

@@ -387,6 +387,13 @@ def test_script_in_every_text_of_a_plain_run_stays_text(tmp_path):
     assert_harmless(*rendered(tmp_path))
 
 
+@pytest.mark.parametrize("name", ["cost $5 and $6", r"$\frac{$", "$x_{$"])
+def test_a_dollar_in_a_label_is_a_dollar(name):
+    half = Interval(0.5, 0.4, 0.6)
+    assert figures.ladder([(name, half, "accent")], "x", name, unit=True).count(f">{name}</text>") == 2
+    assert f">{name}</text>" in figures.durations([(name, 1.0)])
+
+
 def test_half_a_surrogate_pair_does_not_stop_the_page(tmp_path):
     (tmp_path / "samples.jsonl").write_text('{"prompt": "a", "arm": "sft", "row": 0, "text": "x\\ud800y"}\n')
     assert "x⟨U+D800⟩y" in rendered(tmp_path)[1].text

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from tokenmdp import stats, tasks
 from tokenmdp.lab.checks import logp_of
@@ -276,7 +277,7 @@ def in_words(found: Mapping[str, Any], spelled: Sequence[str]) -> str:
 def table(found: Mapping[str, Mapping[str, Any]], name: str) -> Table:
     """A line a kind of query."""
     shown = Table(
-        title=f"{name}: what changes on the way through text, share of responses [95 %]", title_justify="left"
+        title=Text(f"{name}: what changes on the way through text, share of responses [95 %]"), title_justify="left"
     )
     for head in ("kind", "responses", *RATES, "paths, nats"):
         shown.add_column(head, justify="left" if head == "kind" else "right")
@@ -284,5 +285,5 @@ def table(found: Mapping[str, Mapping[str, Any]], name: str) -> Table:
         cells = [
             f"{x['mean']:.2f} [{x['low']:.2f}, {x['high']:.2f}]" if (x := row.get(rate)) else "–" for rate in RATES
         ]
-        shown.add_row(kind, str(row["responses"]), *cells, "–" if row["paths"] is None else f"{row['paths']:.2g}")
+        shown.add_row(Text(kind), str(row["responses"]), *cells, "–" if row["paths"] is None else f"{row['paths']:.2g}")
     return shown

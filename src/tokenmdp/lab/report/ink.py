@@ -18,6 +18,7 @@ import matplotlib
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
 from tokenmdp.lab.report.words import tick, visible
@@ -120,15 +121,17 @@ def svg(figure: Figure, name: str, description: str) -> Markup:
     """
     if not re.fullmatch(r"[a-z][a-z0-9-]*", name):
         raise ValueError(f"chart name {name!r}: use small letters, digits and hyphens, since ids are made from it")
+    for label in figure.findobj(Text):  # labels were put in outside of `canvas`, and a user's $ is a dollar
+        label.set_parse_math(False)
     buffer = io.StringIO()
     with matplotlib.rc_context(SETTINGS):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     width, height = (round(size * 72, 2) for size in figure.get_size_inches())
     body = text[text.index(">", text.index("<svg")) + 1 : text.rindex("</svg>")]
-    label = escape(visible(description, keep=""))
+    said = escape(visible(description, keep=""))
     return Markup(  # the body is matplotlib's own XML, in which it has escaped every label
-        f'<svg class="chart" role="img" aria-label="{label}" viewBox="0 0 {width:g} {height:g}" '
+        f'<svg class="chart" role="img" aria-label="{said}" viewBox="0 0 {width:g} {height:g}" '
         f'style="--width:{width:g}px">{_tidy(body, name)}</svg>'
     )
 
