@@ -22,6 +22,7 @@ from tokenmdp import config
 from tokenmdp.lab import compare, ranking, report, solvers
 from tokenmdp.rewards.function import FunctionReward
 from tokenmdp.run import Run
+from tokenmdp.run.screen import Bar
 from tokenmdp.types import Score
 
 SMALL: dict[str, Any] = {
@@ -61,11 +62,32 @@ def test_an_online_solver_stops_where_its_tokens_are_spent(name: str, tmp_path: 
     with Run.open(tmp_path / "run", {}, 0) as run:
         trained = solver.solve(solver, asked, run)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    spent = [line["num_tokens"] for line in lines]
+    spent = [line["num_tokens"] + line.get("num_tokens_credit", 0.0) for line in lines]
     assert trained.tokens == sum(spent)
     assert abs(sum(spent) - 500) <= max(spent)
     assert sum(spent[:-1]) < 500
     assert len(compare.curve(tmp_path / "run")) == len(lines)
+
+
+def test_responses_that_become_short_do_not_end_a_run_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The start's responses are said to have forty tokens, and those of training have five at most."""
+    totals: list[int] = []
+    monkeypatch.setattr(Bar, "advance", lambda bar, k=1: totals.append(bar.total))
+    with Run.open(tmp_path / "run", {}, 0) as run:
+        trained = solvers.online(solvers.available()["rloo"], given(tokens=500, length=40.0), run)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert abs(trained.tokens - 500) <= max(line["num_tokens"] for line in lines) / 2
+    assert "warning: rloo spent" not in (tmp_path / "run" / "log.txt").read_text()
+    assert all(abs(total - len(lines)) <= 2 for total in totals), "the bar counts phases, not one-token responses"
+
+
+def test_a_run_whose_phases_are_too_large_to_spend_the_budget_says_so(tmp_path: Path):
+    # A phase costs 16 responses of some four tokens; after the first, another would end further from 85.
+    with Run.open(tmp_path / "run", {}, 0) as run:
+        trained = solvers.online(solvers.available()["rloo"], given(tokens=85), run)
+    assert trained.tokens < 81
+    said = (tmp_path / "run" / "log.txt").read_text()
+    assert f"warning: rloo spent {trained.tokens} of 85 tokens: one more phase of about {trained.tokens}" in said
 
 
 def test_a_log_spends_the_tokens_and_asks_every_prompt_once_before_any_twice(tmp_path: Path):

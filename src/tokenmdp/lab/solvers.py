@@ -154,6 +154,8 @@ class Metered(Run):
     def log(self, step: int, metrics: Mapping[str, float], headline: Sequence[str] = ()) -> None:
         super().log(step, metrics, headline)
         self.meter.add(int(metrics.get("num_tokens", 0.0) + metrics.get("num_tokens_credit", 0.0)))
+        if self._bar is not None:  # what is left is told by the tokens: the steps are more than it will take
+            self._bar.total = step + 1 + self.meter.phases
 
 
 class Meter:
@@ -168,6 +170,11 @@ class Meter:
     @property
     def done(self) -> bool:
         return self.spent + self.last / 2 >= self.budget
+
+    @property
+    def phases(self) -> int:
+        """How many more there will be, if they cost as much as the last; at least one, until it is done."""
+        return 0 if self.done else max(1, round((self.budget - self.spent) / max(1, self.last)))
 
     def tensors(self) -> dict[str, Tensor]:
         return {}
@@ -186,8 +193,8 @@ def online(solver: Solver, given: Given, run: Run) -> Trained:
     samples = int(variant.get("samples", given.samples))
     tries = 2 * int(variant.get("pairs", 0)) or 1  # of evolution, each of which answers all prompts of a phase
     prompts = max(1, given.rows // (samples * tries))
-    # A few steps more than the start's responses would take: it is the meter that ends the run.
-    steps = math.ceil(1.5 * given.tokens / (given.rows * given.length)) + 1
+    # As many steps as responses of one token would take: they may become that short, and it is the meter that ends the run.
+    steps = math.ceil(given.tokens / (prompts * samples * tries)) + 1
     cfg = solver.config(given, module, steps=steps, samples=samples, kl=given.kl)
     cfg = replace(cfg, prompts=prompts)
     metered = Metered(run, given.tokens)
@@ -195,7 +202,12 @@ def online(solver: Solver, given: Given, run: Run) -> Trained:
     if solver.recipe == "ppo":  # its critic is a value head on a body of its own
         pieces.insert(1, Critic(given.start.backbone.twin(cfg.critic_train)))
     policy, _ = module.train(cfg, *pieces)
-    return Trained(policy, metered.meter.spent)
+    if (spent := metered.meter.spent) < 0.95 * given.tokens:
+        run.note(
+            f"warning: {solver.name} spent {spent} of {given.tokens} tokens: one more phase of about {metered.meter.last} would "
+            "end further from that; lower prompts or samples, or raise budget_tokens"
+        )
+    return Trained(policy, spent)
 
 
 def preferences(solver: Solver, given: Given, run: Run) -> Trained:

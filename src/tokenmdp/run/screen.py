@@ -75,7 +75,7 @@ class Screen:
             self.remove(bar)
             return
         self.add(bar)
-        self._live.update(self._bars[bar], completed=bar.done)
+        self._live.update(self._bars[bar], completed=bar.done, total=bar.total)
         if not self._console.is_interactive and time.monotonic() - self._spoke > 15.0:
             self.say(" | ".join(f"{b.title}: {b}" for b in self._bars))
 
