@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tokenmdp.prompting import judged
 from tokenmdp.prompting import log as logs
 
 ROWS: list[dict[str, Any]] = [
@@ -88,6 +89,19 @@ def test_retest_by_hand(tmp_path: Path) -> None:
     rows = [*ROWS[:1], *ROWS[:2], ROWS[3]]
     assert logs.retest(read(tmp_path, rows)) == pytest.approx(1 / 3)
     assert logs.retest(read(tmp_path, ROWS[:3])) is None
+
+
+def test_a_predictor_can_do_better_than_two_trials_agree() -> None:
+    """Of trials that go well with p = 0.8 two agree with 0.68, "well" is right with 0.8 = (1 + √(2·0.68 − 1)) / 2."""
+    rng, builder = np.random.default_rng(0), logs.Builder()
+    for query in range(4000):
+        for _ in range(2):
+            builder.add({"query": str(query), "prompt_id": "ab"[query % 2], "reward": float(rng.random() < 0.8)}, "x")
+    log = builder.build()
+    found = judged.prediction(log, np.full((4000, 2), 0.8))
+    assert found["retest"] == pytest.approx(0.68, abs=0.02)
+    assert found["accuracy"] == pytest.approx(0.8, abs=0.02)
+    assert found["accuracy"] == pytest.approx((1 + np.sqrt(2 * found["retest"] - 1)) / 2, abs=0.02)
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def prediction(log: Log, value: NDArray[np.float64]) -> dict[str, Any]:
 
     Returns:
         accuracy and precision at 1/2, AUC pooled and within prompts (a reward above 1/2 being a success), the mean squared
-        error, calibration error, the retest ceiling of accuracy.
+        error, calibration error, and how often two trials agree (`log.retest`; a predictor can do better).
     """
     score, right = value[log.query, log.prompt], log.reward > 0.5
     says = score > 0.5

@@ -393,9 +393,13 @@ def cut_in_words(log: Log) -> str:
 
 
 def retest(log: Log) -> float | None:
-    """How often two trials of one query and one prompt agree: the ceiling of any prediction of a single trial.
+    """How often two trials of one query and one prompt agree.
 
         mean over pairs (i, j) of repeats of  r_i r_j + (1 − r_i)(1 − r_j)
+
+    A predictor can do better. Where a trial goes well with probability p, two agree with a = p² + (1 − p)², and whoever
+    says the likelier of the two is right with max(p, 1 − p) = (1 + √(2a − 1)) / 2. So for rewards of 0 and 1 the accuracy
+    of any prediction is at most (1 + √(2a − 1)) / 2, a ≥ 1/2 the mean over what was tried (Jensen's inequality).
 
     Returns:
         None where nothing was tried twice.

@@ -1,7 +1,8 @@
 """How well Υ predicts a log's trials, and whether choosing prompts by it pays: every question held out once.
 
 1. leaks       which queries repeat others; they stay on one side of every split
-2. prediction  each proxy's accuracy, precision, AUC pooled and within prompts, calibration, beside the retest ceiling
+2. prediction  each proxy's accuracy, precision, AUC pooled and within prompts, calibration, beside how often two trials of
+               one question and prompt agree (`retest`: a predictor can do better)
 3. choice      reward of random, best constant (of the training part), each proxy's pick, the pick that abstains, and
                the oracle (in hindsight the best, so where answers vary by chance, part of it is luck), paired by query, with
                intervals that resample questions; where the log has responses, also what it earns to ask every prompt and

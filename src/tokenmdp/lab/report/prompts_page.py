@@ -47,7 +47,7 @@ def sections(summary: Figures) -> dict[str, Any]:
 
 
 def tiles(summary: Figures) -> list[dict[str, Any]]:
-    """Size, the constant, the gain, how well Υ predicts, and the ceilings."""
+    """Size, the constant, the gain, the oracle, how well Υ predicts, and how often two trials agree."""
     out = []
 
     def tile(label: str, value: str, under: str, role: str = "ink") -> None:
@@ -75,7 +75,7 @@ def tiles(summary: Figures) -> list[dict[str, Any]]:
     if (within := said.number("x.auc_within_prompt")) is not None:
         tile("AUC within prompts", num(within), "one half knows nothing of queries")
     if (retest := said.number("x.retest")) is not None:
-        tile("Retest agreement", percent(retest), "the ceiling of any prediction")
+        tile("Retest agreement", percent(retest), "of two trials; a predictor can do better")
     return out
 
 
