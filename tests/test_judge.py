@@ -94,6 +94,16 @@ def test_without_held_out_prompts_that_is_said(tmp_path: Path) -> None:
     assert "holds no prompts out" in str(found["held_out"])
 
 
+def test_prompts_that_were_learned_on_too_are_told_of(tmp_path: Path) -> None:
+    both = replace(task(), held_out=(*task().held_out, *task().train[:2]))
+    with Run.open(tmp_path / "run", config={}, seed=0) as run:
+        found: Any = judge.held_out(policy().freeze(), better(), liking(), both, SAMPLING, run)["held_out"]
+    assert (found["prompts"], found["prompts_learned_on"]) == (7, 2)
+    said = (tmp_path / "run" / "log.txt").read_text()
+    assert "warning: 2 of the 7 prompts judged are among those that liking gives to learn on" in said
+    assert "prompts_learned_on" not in judged(tmp_path / "apart", better())
+
+
 # -- diversity ----------------------------------------------------------------------------------------------------------
 
 
@@ -129,7 +139,7 @@ def test_a_gain_that_the_other_judge_does_not_see_is_told_of(tmp_path: Path) -> 
         gold = FunctionReward(share, name="gold")
         with Run.open(tmp_path / name, config={}, seed=0) as run:
             start = policy().freeze()
-            wide = replace(task(), held_out=task().train[:40])
+            wide = replace(task(), train=task().train[40:], held_out=task().train[:40])
             return judge.held_out(start, better(), liking(), wide, SAMPLING, run, gold)["held_out"]
 
     found = judged_by("other", LIKED + 1)

@@ -49,17 +49,22 @@ def held_out(
         gold: a judge that nothing was trained on.
 
     Returns:
-        `held_out`: who judged, the number of prompts (and how many are left out and how many responses had no verdict,
-        start's and trained's, where any), scores of start and trained, their paired difference with its 95 %
-        interval (and, where gold judged, that of the reward), the KL in nats a response, the share of clipped responses,
-        and the mean length (tokens) and distinct-2 of both: a policy that says one thing to everything has a high score
-        and nothing else. Where the task holds nothing out, or no prompt got verdicts, that is said in place of figures.
+        `held_out`: who judged, the number of prompts (and how many of those asked are learned on, how many are left out
+        and how many responses had no verdict, start's and trained's, where any), scores of start and trained, their paired
+        difference with its 95 % interval (and, where gold judged, that of the reward), the KL in nats a response, the share
+        of clipped responses, and the mean length (tokens) and distinct-2 of both: a policy that says one thing to everything
+        has a high score and nothing else. Where the task holds nothing out, or no prompt got verdicts, that is said in place of figures.
     """
     prompts = list(task.held_out)[:PROMPTS]
     if start.fingerprint() == trained.fingerprint():
         run.note("warning: the trained policy is its start, weight for weight: no step had anything to learn from")
     if not prompts:
         return {"held_out": f"the task {task.name} holds no prompts out: nothing to judge on"}
+    if seen := task.learned(prompts):
+        run.note(
+            f"warning: {seen} of the {len(prompts)} prompts judged are among those that {task.name} gives to learn on: what was "
+            "gained there may be learned by heart"
+        )
     with run.progress(2 * ANSWERS * len(prompts), "judging on held-out prompts", "responses") as bar:
         answers = [policy.sample(prompts, ANSWERS, sampling, run.rng, bar.advance) for policy in (start, trained)]
     by = gold or reward
@@ -86,6 +91,7 @@ def held_out(
         "held_out": {
             "judge": by.name,
             "prompts": len(before),
+            **({"prompts_learned_on": seen} if seen else {}),
             **_left_out(scores, len(prompts) - len(before), run),
             "score_start": _interval(before),
             "score_trained": _interval(after),

@@ -318,6 +318,20 @@ def test_tuning_never_sees_what_the_comparison_judges_by(tmp_path: Path):
     assert tuned.rate == pytest.approx(plain.rate / 3)
 
 
+@pytest.mark.parametrize(("task", "learned"), [("addition", 0), ("copying", 12)])
+def test_prompts_that_solvers_are_judged_and_learn_on_are_counted(task: str, learned: int, tmp_path: Path):
+    cfg = compare.Config(**{**SMALL, "warm_steps": 0, "task": task})
+    with Run.open(tmp_path / "run", config.plain(cfg), 0) as run:
+        assert compare.Lab(cfg, run).learned == learned
+    rows = ranking.rows_of(made_up(), solvers.BASELINES)
+    (tmp_path / "summary.json").write_text(
+        json.dumps(summary_of(rows, 5) | {"held_out": 12, "learned": learned, "answers": 2})
+    )
+    page = report.build(tmp_path).read_text()
+    assert ("over 12 held-out prompts, 2 sampled" in page) == (not learned)
+    assert ("over 12 prompts, of which 12 are among those that solvers learned on, 2 sampled" in page) == bool(learned)
+
+
 def test_a_judge_that_says_nothing_of_the_start_stops_it_before_anything_trains(tmp_path: Path):
     cfg = compare.Config(**{**SMALL, "warm_steps": 0})
     with Run.open(tmp_path / "run", config.plain(cfg), 0) as run:

@@ -42,6 +42,25 @@ def test_a_draw_is_of_different_prompts_and_of_the_generator_alone() -> None:
         Task("t", ())
 
 
+def test_what_is_judged_and_learned_on_is_told_by_its_tokens(policy: Policy) -> None:
+    prompts = tuple(Prompt((i + 1,), str(i), i) for i in range(10))
+    said: list[str] = []
+    apart = Task("t", prompts[4:], prompts[:4])
+    assert (apart.learned(apart.held_out), apart.learned(prompts)) == (0, 6)
+    assert apart.first(4, said.append) == list(prompts[:4])
+    assert not said
+    assert apart.first(6, said.append) == list(prompts[:6])
+    same = Task("t", prompts, prompts)
+    assert same.first(20, said.append) == list(prompts), "none is asked twice"
+    told = "prompts are among those that t gives to learn on"
+    assert said == [f"2 of the 6 {told}", f"10 of the 10 {told}"]
+    for name in ("copying", "drift"):  # so few that they are judged on what they give to learn on
+        task = tasks.load(name, policy)
+        assert task.learned(task.held_out) == len(task.held_out) > 0
+    addition = tasks.load("addition", policy)
+    assert addition.learned(addition.held_out) == 0
+
+
 def test_tasks_are_found_by_name_and_mistakes_get_a_suggestion(policy: Policy) -> None:
     assert {"addition", "prompts", "reversal", "sentiment"} <= set(tasks.names())
     assert "data" not in tasks.names()

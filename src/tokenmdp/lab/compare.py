@@ -151,6 +151,11 @@ class Lab:
             )
         return {"mean_length": float(b.action.sum()) / len(b), "score": measures.mean(score.value, score.verdict)}
 
+    @property
+    def learned(self) -> int:
+        """How many of the prompts that all are judged by are among those they learn on."""
+        return self.task.learned((self.task.held_out or self.task.train)[: self.cfg.held_out])
+
     def given(self, trial: Trial) -> tuple[Given, Sequence[Any]]:
         """What a trial works on, and the prompts it is judged by."""
         cfg, task = self.cfg, self.task
@@ -376,9 +381,10 @@ def main(cfg: Config, run: Run) -> dict[str, object]:
     check(cfg)
     names = chosen(cfg.solvers)
     lab = Lab(cfg, run)
-    if not lab.task.held_out:
+    if seen := lab.learned:
         run.note(
-            f"warning: the task {lab.task.name} holds nothing out, so solvers are judged on prompts they learned on"
+            f"warning: {seen} of the prompts judged are among those that the task {lab.task.name} gives to learn on, so "
+            "solvers are judged on prompts they learned on"
         )
     if lab.task.demonstrations is None:
         names.remove("sft-more")  # there is nothing to clone
@@ -415,6 +421,7 @@ def summed_up(cfg: Config, run: Run, lab: Lab, results: dict[str, list[dict[str,
         "seeds": cfg.seeds,
         "budget_tokens": cfg.budget_tokens,
         "held_out": len(results["start"][0]["scores"]),
+        "learned": lab.learned,
         "answers": cfg.answers,
         "tuning": tuned,
         "start": lab.about,

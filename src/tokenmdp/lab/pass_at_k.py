@@ -124,5 +124,8 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
         raise ValueError(f"the task {cfg.task} knows no true reward: name one by --reward")
     prompts = task.held_out or task.train
     order = torch.randperm(len(prompts), generator=run.rng)[: cfg.prompts].tolist()
-    run.note(f"{len(order)} of the {len(prompts)} {'held-out' if task.held_out else 'TRAINING'} prompts of {task.name}")
-    return summary(measure(cfg, policy, [prompts[i] for i in order], reward, run))
+    asked = [prompts[i] for i in order]
+    seen = task.learned(asked)
+    which = f"prompts of {task.name}, {seen} of them TRAINING prompts" if seen else f"held-out prompts of {task.name}"
+    run.note(f"{len(asked)} of the {len(prompts)} {which}")
+    return summary(measure(cfg, policy, asked, reward, run))

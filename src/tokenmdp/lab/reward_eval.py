@@ -251,7 +251,7 @@ def on_samples(cfg: Config, policy: Policy, reward: Reward, run: Run) -> dict[st
     out: dict[str, Any] = {
         "policy": policy.name,
         "prompts": len(score),
-        "held_out": min(len(asked), len(task.held_out)),
+        "held_out": len(asked) - task.learned(asked),
         "samples": cfg.samples,
         "no_verdict": int((~np.isfinite(score)).sum()),
         "spread": concordance.spread(score),

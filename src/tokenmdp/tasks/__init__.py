@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,7 +34,8 @@ class Task:
     Attributes:
         name: what tables call it.
         train: prompts to learn on.
-        held_out: prompts to judge on; none of them is in `train`.
+        held_out: prompts to judge on; none of them is in `train`, but where a task has so few that it judges on what it
+            gives to learn on: `learned` tells.
         demonstrations: what a demonstrator did, where the task has one.
         reward: the true reward, where the task knows it.
         expert: who knows what to do in any state, where the task has one to ask.
@@ -73,12 +74,18 @@ class Task:
             )
         return [self.train[i] for i in torch.randperm(len(self.train), generator=rng)[:k].tolist()]
 
+    def learned(self, prompts: Sequence[Prompt]) -> int:
+        """How many of the prompts are, by their tokens, among those to learn on: what is right there may be learned by heart."""
+        known = {p.ids for p in self.train}
+        return sum(p.ids in known for p in prompts)
+
     def first(self, k: int, say: Callable[[str], None]) -> list[Prompt]:
         """The first `k` prompts there are, those held out before those to learn on; where some of the latter are among
         them, that is said.
         """
-        asked = [*self.held_out, *self.train][:k]
-        if (seen := len(asked) - len(self.held_out)) > 0:
+        kept = {p.ids for p in self.held_out}
+        asked = [*self.held_out, *(p for p in self.train if p.ids not in kept)][:k]
+        if seen := self.learned(asked):
             say(f"{seen} of the {len(asked)} prompts are among those that {self.name} gives to learn on")
         return asked
 

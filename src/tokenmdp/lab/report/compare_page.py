@@ -89,7 +89,7 @@ def aggregates(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, Markup]]:
     scores = [(row, x) for row in rows if (x := _interval(row, "iqm"))]
     charts: list[tuple[str, Markup]] = []
     if scores:
-        words = "interquartile mean over seeds, held-out prompts"
+        words = "interquartile mean over seeds, prompts judged"
         charts.append(("Final score", ladder(scores, "iqm", marks, words, dots=True)))
     other, called = ("sft-more", "SFT continued") if cloned else ("start", "the start")
     won = [(row, x) for row in rows if (x := _interval(row, f"improvement.{other}"))]
