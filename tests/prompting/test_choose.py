@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from tokenmdp import mdp
 from tokenmdp.models import catalog
 from tokenmdp.models.sampling import Sampling
-from tokenmdp.prompting import choose, estimate, judged, proxy, stacked
+from tokenmdp.prompting import choose, estimate, judged, proxy, shown, stacked
 from tokenmdp.prompting import log as logs
 from tokenmdp.prompting.log import Builder, Log
 
@@ -347,6 +348,21 @@ def test_choices_by_hand() -> None:
     means = {name: (row["reward"]["mean"], row["over_constant"]["mean"]) for name, row in found.items()}
     assert means == {"random": (0.5, 0.0), judged.CONSTANT: (0.5, 0.0), "pick": (1.0, 0.5), "oracle": (1.0, 0.5)}
     assert judged.in_words(found, "pick").startswith("No significant gain")
+
+
+def test_repeats_of_a_question_are_not_trials_more_on_the_page() -> None:
+    """Eight times the same answer to 20 questions: the rate is as sure as from one trial each, and no surer."""
+    intervals = []
+    for repeats in (1, 8):
+        builder = Builder()
+        for query, prompt, _ in itertools.product(range(20), range(2), range(repeats)):
+            row = {"query": f"question {'abcdefghijklmnopqrst'[query]}", "prompt_id": "ab"[prompt]}
+            builder.add({**row, "reward": float((query + prompt) % 2)}, "here")
+        log = builder.build()
+        intervals.append([row["rate"] for row in shown.by_prompt(log, np.zeros(20, dtype=np.int64))])
+    for once, often in zip(*intervals, strict=True):
+        assert often["mean"] == once["mean"] == 0.5
+        assert often["high"] - often["low"] >= once["high"] - once["low"]
 
 
 def test_votes() -> None:

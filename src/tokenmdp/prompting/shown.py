@@ -17,17 +17,20 @@ EXAMPLES, LONGEST = 16, 240  # rows, and characters of a text
 
 
 def by_prompt(log: Log, pick: NDArray[np.int64]) -> list[dict[str, Any]]:
-    """A row a prompt: how its trials went, how many were cut, for what share of queries it was chosen, what it costs."""
+    """A row a prompt: how its trials went, how many were cut, for what share of queries it was chosen, what it costs.
+
+    Trials of one question, repeats too, are one cluster.
+    """
     chosen = np.bincount(pick[log.tried()], minlength=len(log.prompts)) / len(log.tried())
-    cost, cut = log.mean_cost(), log.cut()
+    cost, cut, group = log.mean_cost(), log.cut(), leaks.groups(log.queries)[log.query]
     out = []
     for at in np.unique(log.prompt):
-        reward = log.reward[log.prompt == at]
+        here = log.prompt == at
         out.append(
             {
                 "id": log.prompt_ids[at],
                 "text": log.prompts[at][:LONGEST],
-                "rate": stats.wilson(float(reward.sum()), len(reward))._asdict(),
+                "rate": stats.clustered_wilson(log.reward[here], group[here])._asdict(),
                 "chosen": float(chosen[at]),
                 "cost": None if cost is None else float(cost[at]),
                 "cut": cut.get(log.prompt_ids[at]),
