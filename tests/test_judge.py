@@ -102,6 +102,7 @@ def test_prompts_that_were_learned_on_too_are_told_of(tmp_path: Path) -> None:
     said = (tmp_path / "run" / "log.txt").read_text()
     assert "warning: 2 of the 7 prompts judged are among those that liking gives to learn on" in said
     assert "prompts_learned_on" not in judged(tmp_path / "apart", better())
+    assert '"gold"' not in (tmp_path / "apart" / "samples.jsonl").read_text()
 
 
 # -- diversity ----------------------------------------------------------------------------------------------------------
@@ -146,6 +147,12 @@ def test_a_gain_that_the_other_judge_does_not_see_is_told_of(tmp_path: Path) -> 
     assert found["judge"] == "gold"
     assert found["proxy_trained_minus_start"]["low"] > 0 > found["trained_minus_start"]["mean"]
     assert "warning: liking, which was optimised, rose by" in (tmp_path / "other" / "log.txt").read_text()
+    lines = [json.loads(line) for line in (tmp_path / "other" / "samples.jsonl").read_text().splitlines()]
+    for line in lines:  # each judge's own word, under its own name
+        words = line["text"].split()
+        said = [words.count(f"w{word}") / max(1, len(words)) for word in (LIKED, LIKED + 1)]
+        assert [line["proxy"], line["gold"]] == pytest.approx(said)
+    assert any(line["proxy"] != line["gold"] for line in lines)
     assert judged_by("same", LIKED)["trained_minus_start"]["low"] > 0
     assert not (tmp_path / "same" / "log.txt").exists()  # nothing was worth a line
     assert "proxy_trained_minus_start" not in judged(tmp_path / "none", better())

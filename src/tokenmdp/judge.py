@@ -67,11 +67,11 @@ def held_out(
         )
     with run.progress(2 * ANSWERS * len(prompts), "judging on held-out prompts", "responses") as bar:
         answers = [policy.sample(prompts, ANSWERS, sampling, run.rng, bar.advance) for policy in (start, trained)]
-    by = gold or reward
-    scores = [by(b) for b in answers]
-    for arm, b, score in zip(("start", "trained"), answers, scores, strict=True):
+    by, promises = gold or reward, [reward(b) for b in answers]
+    scores = promises if gold is None else [gold(b) for b in answers]
+    for arm, b, score, promise in zip(("start", "trained"), answers, scores, promises, strict=True):
         for row in range(0, min(len(b), SHOWN * ANSWERS), ANSWERS):
-            run.sample(b, row, arm, proxy=score.at(row))
+            run.sample(b, row, arm, proxy=promise.at(row), **({} if gold is None else {"gold": score.at(row)}))
     before, after = _paired(scores)
     if not len(before):
         return {"held_out": f"{by.name} gave no verdict on any of the {len(prompts)} held-out prompts"}
@@ -79,7 +79,7 @@ def held_out(
     divergence = in_parts(lambda part: {"kl": trained.kl_to(start, part, T)}, answers[1])["kl"]
     nats = divergence.sum(-1).double().cpu().numpy().reshape(-1, ANSWERS).mean(1)
     gain = _interval(after - before)
-    promised = None if gold is None else _promised(reward, gold, answers, gain, run)
+    promised = None if gold is None else _promised(reward, gold, promises, gain, run)
     varied = [_distinct(b) for b in answers]
     told = ~(np.isnan(varied[0]) | np.isnan(varied[1]))
     if told.any() and varied[1][told].mean() < COLLAPSED * varied[0][told].mean():
@@ -117,10 +117,10 @@ def held_out(
 
 
 def _promised(
-    reward: Reward, gold: Reward, answers: list[Batch], gain: dict[str, float], run: Run
+    reward: Reward, gold: Reward, promises: Sequence[Score], gain: dict[str, float], run: Run
 ) -> dict[str, float] | None:
     """What the reward that was optimised says was gained; where gold does not see it, that is said."""
-    before, after = _paired([reward(b) for b in answers])
+    before, after = _paired(promises)
     if not len(before):
         return None
     found = _interval(after - before)

@@ -171,6 +171,8 @@ def test_what_cannot_be_used_is_said(place: Path, tmp_path: Path) -> None:
         Config(data="", task="")
     with pytest.raises(ValueError, match="nobody to answer them"):
         Config(task="sentiment")
+    with pytest.raises(ValueError, match="gold=sentiment judges a policy's own samples, and no task"):
+        Config(gold="sentiment")
     with pytest.raises(ValueError, match="at least 0"):
         Config(probed=-1)
 

@@ -75,6 +75,11 @@ class Config:
             raise ValueError(
                 f"task {self.task} gives prompts, and nobody to answer them: name a policy by --policy MODEL"
             )
+        if self.gold and not self.task:
+            raise ValueError(
+                f"gold={self.gold} judges a policy's own samples, and no task gives prompts for them: name one by --task, and "
+                "who answers by --policy MODEL"
+            )
 
 
 class Reader(Policy):
