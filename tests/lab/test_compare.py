@@ -315,7 +315,26 @@ def test_tuning_never_sees_what_the_comparison_judges_by(tmp_path: Path):
     assert not {p.ids for p in by} & {p.ids for p in judged}
     assert not {p.ids for p in by} & {p.ids for p in tuned.task.train}
     assert plain.task.train == lab.task.train
+    shown = tuned.task.demonstrations
+    assert shown is not None
+    assert len(shown) == len(tuned.task.train), "what is cloned answers nothing that tuning judges by"
+    assert not {p.ids for p in by} & {p.ids for p in shown.prompts}
+    assert len(plain.task.demonstrations or []) == len(lab.task.train)
     assert tuned.rate == pytest.approx(plain.rate / 3)
+
+
+def test_few_training_prompts_are_tuned_on_and_one_alone_is_not(tmp_path: Path):
+    cfg = compare.Config(**{**SMALL, "warm_steps": 0})
+    trial = compare.Trial("rloo", 0, 1.0, tuning=True)
+    with Run.open(tmp_path / "run", config.plain(cfg), 0) as run:
+        lab = compare.Lab(cfg, run)
+        three, whole = lab.task.train[:3], lab.task
+        lab.task = replace(whole, train=three)
+        few, by = lab.given(trial)
+        assert (few.task.train, by) == (three[:2], [three[2]])
+        lab.task = replace(whole, train=three[:1])
+        with pytest.raises(ValueError, match="1 prompts to learn on, too few to set one aside for tuning"):
+            lab.given(trial)
 
 
 @pytest.mark.parametrize(("task", "learned"), [("addition", 0), ("copying", 12)])

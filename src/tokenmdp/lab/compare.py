@@ -41,7 +41,7 @@ from tokenmdp.recipes import sft
 from tokenmdp.rewards.function import RewardFailure
 from tokenmdp.run import Run
 from tokenmdp.tasks import Task
-from tokenmdp.types import Reward
+from tokenmdp.types import Prompt, Reward
 
 GRID = (1 / 3, 1.0, 3.0)  # times a solver's learning rate, with --tune
 POINTS = 24  # of a learning curve
@@ -161,8 +161,8 @@ class Lab:
         cfg, task = self.cfg, self.task
         judged = list((task.held_out or task.train)[: cfg.held_out])
         if trial.tuning:  # never on what the comparison judges by
-            aside = min(cfg.held_out, len(task.train) // 4)
-            judged, task = list(task.train[-aside:]), replace(task, train=task.train[:-aside])
+            judged = list(task.train[-max(1, min(cfg.held_out, len(task.train) // 4)) :])
+            task = without(task, judged)
         given = Given(
             start=self.start,
             task=task,
@@ -243,6 +243,26 @@ class Lab:
             moved = in_parts(lambda part: {"kl": answers.kl_to(self.start, part)}, b)["kl"]
             out["kl"] = float(moved.sum()) / len(b)
         return out
+
+
+def without(task: Task, aside: Sequence[Prompt]) -> Task:
+    """The task without some of its training prompts, nor demonstrations of them.
+
+    Raises:
+        ValueError: nothing is left to learn on.
+    """
+    known = {p.ids for p in aside}
+    train = tuple(p for p in task.train if p.ids not in known)
+    if not train:
+        raise ValueError(
+            f"the task {task.name} gives {len(task.train)} prompts to learn on, too few to set one aside for "
+            "tuning: give it two different ones at least, or leave --tune out"
+        )
+    shown = task.demonstrations
+    if shown is not None:
+        kept = [row for row, p in enumerate(shown.prompts) if p.ids not in known]
+        shown = shown.select(kept) if kept else None
+    return replace(task, train=train, demonstrations=shown)
 
 
 def curve(folder: Path) -> list[list[float]]:
