@@ -77,14 +77,14 @@ def cell(log: Log, once: Once, seed: int) -> dict[str, Any]:
         "constant": float(np.nanmean(table[each, constant])),
         "random": float(np.nanmean(table)),
         "oracle": float(np.nanmean(np.nanmax(table, axis=1))),
-        "gain": intervals.grouped_mean(gained[known], group[known], seed=seed)._asdict(),
+        "gain": intervals.grouped_mean(gained[known], group[known], seed=seed, least=-1.0)._asdict(),
         "auc_within_prompt": judged.within_prompt_auc(log, value[log.query, log.prompt]),
         "by_difficulty": {},
     }
     for number, name in enumerate(THIRDS):
         at = known & (third == number)
         if len(np.unique(group[at])) > 1:
-            found = intervals.grouped_mean(gained[at], group[at], seed=seed)._asdict()
+            found = intervals.grouped_mean(gained[at], group[at], seed=seed, least=-1.0)._asdict()
             out["by_difficulty"][name] = {"gain": found, "reward": float(np.nanmean(table[at]))}
     return out
 

@@ -23,6 +23,23 @@ def test_repeats_of_a_question_do_not_narrow_its_interval() -> None:
     assert thrice == pytest.approx(once)
 
 
+def test_values_without_spread_are_not_certain() -> None:
+    """As many trials as groups: of rewards Wilson's own interval, of differences the same on −1 to 1."""
+    group, ones = np.repeat(np.arange(10), 3), np.ones(30)
+    share = stats.wilson(10, 10)
+    assert intervals.grouped_mean(ones, group) == pytest.approx(share)
+    assert intervals.grouped_mean(0 * ones, group) == pytest.approx(stats.wilson(0, 10))
+    assert intervals.grouped_mean(0.3 * ones, group) == pytest.approx(stats.wilson(3, 10))
+    assert intervals.grouped_mean(ones, group, least=-1.0) == pytest.approx((1.0, 2 * share.low - 1, 1.0))
+    assert intervals.grouped_mean(0.1 * ones, group, least=-1.0).low < 0
+    assert intervals.grouped_mean(ones[:2], np.arange(2), least=-1.0).low < 0
+    assert intervals.grouped_mean(0 * ones, group, least=-1.0) == (0.0, 0.0, 0.0)  # a choice and itself
+    # Weights 9 and 1 of ten groups: (9 + 9·1)² / (9² + 9) = 3.6 groups are what they are worth.
+    weight = np.array([9.0] + [1.0] * 9)
+    found = intervals.grouped_ratio(weight, weight, np.arange(10))
+    assert found == pytest.approx(stats.wilson(3.6, 3.6))
+
+
 def test_a_ratio_is_of_sums_and_needs_weight() -> None:
     top, bottom = np.array([1.0, 0.0, 3.0]), np.array([1.0, 1.0, 2.0])
     assert intervals.grouped_ratio(top, bottom, np.arange(3)).mean == 1.0

@@ -90,6 +90,34 @@ def test_a_proposal_is_kept_only_if_the_paid_check_agrees(server: Server, tmp_pa
     assert (tmp_path / "run/prompts.jsonl").exists() is bool(kept)
 
 
+def test_a_check_on_few_questions_confirms_nothing(server: Server, tmp_path: Path) -> None:
+    trials = [
+        {"query": f"question {'abcdefghij'[i]}", "query_id": i, "prompt_id": name, "reward": reward}
+        for i in range(10)
+        for name, reward in (("new", 1.0), ("old", 0.0))
+    ]
+    assert write.checked(trials[:14], "new", "old") is None  # seven questions
+    found = write.checked(trials, "new", "old")
+    assert found is not None
+    assert 0 < found.low < 0.5  # ten that all agree are no certainty
+    (tmp_path / "q.jsonl").write_text(
+        "".join(json.dumps({"query": f"{i}+{i}=", "answer": 2 * i}) + "\n" for i in (1, 2))
+    )
+    cfg = verb.Config(
+        chooser=str(fitted(tmp_path / "fit")),
+        queries=str(tmp_path / "q.jsonl"),
+        count=4,
+        model="m",
+        endpoint=server.url,
+    )
+    with (
+        Run.open(tmp_path / "run", {}, 0) as run,
+        pytest.raises(ValueError, match=r"2 different questions \(2 of 2 queries\), and fewer than 8 confirm nothing"),
+    ):
+        verb.main(cfg, run)
+    assert not server.asked
+
+
 def test_a_policy_is_trained_on_what_a_prompt_would_earn(tmp_path: Path) -> None:
     reward = rewards.load(fitted(tmp_path / "fit"), catalog.load("tiny"))
     policy = catalog.load("tiny").freeze()

@@ -39,6 +39,31 @@ def test_the_correlations_interval_covers():
     assert hits / 250 >= 0.95 - 0.042
 
 
+@pytest.mark.parametrize(("clusters", "size"), [(3, 1), (3, 4), (5, 1), (5, 4), (7, 4)])
+def test_the_interval_of_few_clusters_covers(clusters, size):
+    """r of normal pairs with correlation 0.5, one or four a cluster: 200 studies, within three standard errors (1.5 points)."""
+    hits = 0
+    for study in range(200):
+        rng = np.random.default_rng(study)
+        shared, own = rng.normal(size=(2, clusters, 1)), 0.7 * rng.normal(size=(2, clusters, size)) * (size > 1)
+        x, other = (shared + own).reshape(2, -1)
+        cluster = np.repeat(np.arange(clusters), size)
+        interval = stats.pearson(x, 0.5 * x + np.sqrt(0.75) * other, resamples=300, seed=study, cluster=cluster)
+        hits += interval.low <= 0.5 <= interval.high
+        assert -1 <= interval.low <= interval.mean <= interval.high <= 1
+    assert hits / 200 >= 0.95 - 0.046
+
+
+@pytest.mark.parametrize("measure", [stats.pearson, stats.spearman])
+def test_pairs_in_perfect_order_are_not_certain(measure):
+    """Half as many trials as pairs, all successes: Wilson's interval begins at n/(n + z²), and 2n/(n + z²) − 1 is the end."""
+    for n in (3, 5, 7, 8, 200):
+        low = n / (n / 2 + 1.959964**2) - 1
+        assert measure(range(n), range(n)) == pytest.approx((1.0, low, 1.0))
+        assert measure(range(n), range(n, 0, -1)) == pytest.approx((-1.0, -1.0, -low))
+    assert measure(range(7), range(7)).low < 0 < measure(range(8), range(8)).low
+
+
 def test_a_resample_without_any_spread_has_no_correlation():
     """A constant less its rounded mean is some 1e-17 and not 0: its correlation is not defined, and not 0 either."""
     rng = np.random.default_rng(0)

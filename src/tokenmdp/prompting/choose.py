@@ -204,7 +204,8 @@ def gained(
     known, moved = ~np.isnan(difference), picks[at] != constant[at]
     if (moved.any() and known[moved].mean() < TOLD) or len(np.unique(group[at][known])) < stats.FEW:
         return None
-    return intervals.grouped_mean(difference[known], group[at][known], seed=seed)
+    most = 1.0 + float(np.ptp(cost))
+    return intervals.grouped_mean(difference[known], group[at][known], seed=seed, least=-most, most=most)
 
 
 def vote(answers: Sequence[Said | None]) -> Said | None:

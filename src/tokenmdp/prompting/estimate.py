@@ -154,7 +154,7 @@ def difference(
 ) -> Interval:
     """What a policy is worth more than another, doubly robust and paired, with its 95 % interval; see `estimate`."""
     one, two = (terms("dr", log, p, value, weights(log, p)) for p in (policy, other))
-    return grouped_ratio(one - two, np.ones(len(log)), groups[log.query], seed=seed)
+    return grouped_ratio(one - two, np.ones(len(log)), groups[log.query], seed=seed, least=-1.0)
 
 
 def overlap(w: NDArray[np.float64], question: NDArray[np.int64]) -> Overlap:

@@ -159,7 +159,9 @@ def choices(
         moved = (picked[name] != constant)[tried] if name in picked else np.ones(len(tried), dtype=np.bool_)
         out[name] = {
             "reward": intervals.grouped_mean(reward[both], at[both], seed=seed)._asdict(),
-            "over_constant": intervals.grouped_mean((reward - earned[CONSTANT])[both], at[both], seed=seed)._asdict(),
+            "over_constant": intervals.grouped_mean(
+                (reward - earned[CONSTANT])[both], at[both], seed=seed, least=-1.0
+            )._asdict(),
             "queries": int(both.sum()),
             "checked": float(both[moved].mean()) if moved.any() else 1.0,
         }
@@ -245,7 +247,7 @@ def after_asking(
         name: {
             "reward": intervals.grouped_mean(value[known[name]], group[known[name]], seed=seed)._asdict(),
             "over_constant": intervals.grouped_mean(
-                (value - base)[known[name]], group[known[name]], seed=seed
+                (value - base)[known[name]], group[known[name]], seed=seed, least=-1.0
             )._asdict(),
             "queries": int(known[name].sum()),
             "checked": 1.0,

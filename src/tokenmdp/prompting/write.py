@@ -1,7 +1,7 @@
 """New prompts: proposed by a model or by recombination, ranked by Υ, kept if a small paid check agrees.
 
     added(p) = E_q [ max(0, Υ(q, p) − max_a Υ(q, a)) ]      what a prompt would add to the best choice among those there are
-    kept       if the 95 % interval of E_q [ r(q, p) − r(q, a*) ] on freshly paid trials lies above 0
+    kept       if the 95 % interval of E_q [ r(q, p) − r(q, a*) ] on freshly paid trials of 8 questions or more lies above 0
 
 Υ has never seen a trial of the new prompt: it extrapolates from what prompts have in common, and errs on the side that was
 picked for being high. Hence the check, paired by query with the best constant prompt a*.
@@ -22,7 +22,7 @@ from tokenmdp.models.sampling import Sampling
 from tokenmdp.prompting import intervals, leaks
 from tokenmdp.prompting.choose import Chooser
 from tokenmdp.prompting.log import name_of
-from tokenmdp.stats import Interval
+from tokenmdp.stats import FEW, Interval
 
 LONGEST, SHOWN = 300, 6  # characters of a proposal, and prompts a model is shown
 _PIECES = re.compile(r"(?<=[.!?:;,])\s+")
@@ -88,14 +88,12 @@ def ranked(chooser: Chooser, queries: Sequence[str], texts: Sequence[str]) -> li
     return sorted(found, key=lambda p: (-p.added, -p.expected))
 
 
-def checked(trials: Iterable[Mapping[str, Any]], prompt_id: str, constant_id: str, seed: int = 0) -> Interval:
-    """What a prompt gained over the constant one in freshly paid trials, paired by query.
+def checked(trials: Iterable[Mapping[str, Any]], prompt_id: str, constant_id: str, seed: int = 0) -> Interval | None:
+    """What a prompt gained over the constant one in freshly paid trials, paired by query; None where fewer than
+    `stats.FEW` questions have trials of both.
 
     Args:
         trials: rows with query, query_id, prompt_id and reward.
-
-    Raises:
-        ValueError: fewer than two questions have trials of both.
     """
     reward: dict[str, dict[str, float]] = {prompt_id: {}, constant_id: {}}
     queries: dict[str, str] = {}
@@ -104,9 +102,8 @@ def checked(trials: Iterable[Mapping[str, Any]], prompt_id: str, constant_id: st
             queries[row["query_id"]] = row["query"]
             reward[row["prompt_id"]][row["query_id"]] = float(row["reward"])
     both = [name for name in queries if all(name in of for of in reward.values())]
-    if len(both) < 2:
-        raise ValueError(
-            f"{len(both)} queries have trials of both {prompt_id!r} and {constant_id!r}: at least two are needed"
-        )
+    group = leaks.groups([queries[name] for name in both])
+    if len(np.unique(group)) < FEW:
+        return None
     difference = np.asarray([reward[prompt_id][name] - reward[constant_id][name] for name in both])
-    return intervals.grouped_mean(difference, leaks.groups([queries[name] for name in both]), seed=seed)
+    return intervals.grouped_mean(difference, group, seed=seed, least=-1.0)

@@ -7,7 +7,10 @@ from collections.abc import Callable, Hashable, Iterable
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from tokenmdp.stats.interval import Array, Interval, blocks, corrected, numbered, vector
+from tokenmdp.stats.interval import FEW, Array, Interval, around, blocks, corrected, numbered, vector
+from tokenmdp.stats.rates import wilson
+
+_ALMOST = 1 - 1e-6  # a correlation beyond it is taken as this: atanh(1) is infinite
 
 
 def pearson(
@@ -21,7 +24,12 @@ def pearson(
     """The linear correlation of x and y with a bootstrap interval that resamples the pairs (x_i, y_i), or their clusters.
 
     Bias-corrected, at the levels of `bootstrap_mean` (no acceleration). Resamples in which x or y is constant have no
-    correlation and are left out.
+    correlation and are left out. For fewer than eight clusters it is Student's, of atanh r (95 to 100 % coverage for three
+    to seven normal pairs or clusters of four), where resamples reach too far in or stick to ±1.
+
+    Where all resamples agree, as where all pairs lie on a line, they say nothing of the spread. Then clusters are taken two
+    by two, which are in the same order or not: with Wilson's interval [l, h] of the share (1 + r)/2 in C/2 trials it is
+    [2l − 1, 2h − 1], which for r = 1 and 3, 8, 100 clusters begins at −0.44, 0.02, 0.86.
 
     Args:
         cluster: [N] a label each, such as the prompt: pairs with the same one are drawn together. Without it every pair
@@ -31,7 +39,8 @@ def pearson(
         ValueError: for fewer than three pairs or clusters, lengths that differ, a value that is not finite, or x or y all
             equal.
 
-    Source: Efron and Tibshirani 1993, sections 6.3 and 14.3; clusters: Davison and Hinkley 1997, section 3.8.
+    Source: Efron and Tibshirani 1993, sections 6.3 and 14.3; clusters: Davison and Hinkley 1997, section 3.8;
+    atanh: Fisher 1921.
     """
     return _correlation(x, y, level, resamples, seed, cluster, lambda v, weight: np.broadcast_to(v, weight.shape))
 
@@ -94,7 +103,15 @@ def _correlation(
         often = np.bincount(at.ravel(), minlength=rows * C).reshape(rows, C)
         draws.append(measured(often[:, which].astype(np.float64)))
     drawn = np.concatenate(draws)
-    return corrected(drawn[np.isfinite(drawn)], estimate, C, level, 0.0)
+    drawn = drawn[np.isfinite(drawn)]
+    if np.ptp(drawn) <= 1e-12:  # equal but for rounding
+        share = wilson((1 + estimate) / 2 * C / 2, C / 2, level)
+        return Interval(estimate, 2 * share.low - 1, 2 * share.high - 1)
+    if C >= FEW:
+        return corrected(drawn, estimate, C, level, 0.0)
+    z = np.arctanh(np.clip([estimate, *drawn], -_ALMOST, _ALMOST))
+    _, low, high = np.tanh(around(z[1:], float(z[0]), C, level)).tolist()
+    return Interval(estimate, min(low, estimate), max(high, estimate))
 
 
 def _rowwise_pearson(u: Array, v: Array, weight: Array) -> Array:

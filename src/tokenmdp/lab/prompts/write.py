@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from tokenmdp import stats
 from tokenmdp.models import catalog
 from tokenmdp.models.sampling import Sampling
-from tokenmdp.prompting import collect, log, stored, write
+from tokenmdp.prompting import collect, leaks, log, stored, write
 from tokenmdp.prompting.log import name_of
 from tokenmdp.run import Run
 from tokenmdp.tasks import files
@@ -26,7 +27,7 @@ class Config:
     proposals: str = "recombine"  # recombine | the name, folder or hub id of a model that proposes
     count: int = 24  # prompts proposed
     finalists: int = 2  # of them that are paid for
-    check: int = 40  # queries of the check
+    check: int = 40  # queries of the check, at least 8 different questions
     model: str = "smollm2-135m-instruct"  # who answers in the check: a model; or what the endpoint calls it
     endpoint: str = ""  # base URL of an OpenAI-compatible endpoint; empty for a local model
     max_new_tokens: int = 128
@@ -35,7 +36,11 @@ class Config:
 
 
 def main(cfg: Config, run: Run) -> dict[str, Any]:
-    """Propose, rank, check; kept prompts go to prompts.jsonl."""
+    """Propose, rank, check; kept prompts go to prompts.jsonl.
+
+    Raises:
+        ValueError: nothing new was proposed, or the check has too few questions to confirm anything.
+    """
     chooser, _ = stored.load(Path(cfg.chooser))
     rows = [{**row, "query": log.query_of(row, n)} for n, row in enumerate(files.rows(cfg.queries), 1)]
     ranked = write.ranked(chooser, [str(r["query"]) for r in rows], candidates(cfg, chooser.prompts, run))
@@ -50,6 +55,12 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     old = {"prompt_id": name_of(constant), "prompt": constant}
     texts = [old, *({"prompt_id": p.prompt_id, "prompt": p.prompt} for p in finalists)]
     order = np.random.default_rng(run.seed).permutation(len(rows))[: cfg.check]
+    questions = len(np.unique(leaks.groups([str(rows[i]["query"]) for i in order])))
+    if questions < stats.FEW:
+        raise ValueError(
+            f"the check has {questions} different questions ({len(order)} of {len(rows)} queries), and fewer than {stats.FEW} "
+            "confirm nothing: raise `check`, or give more queries"
+        )
     path = run.folder / "check.jsonl"
     asked = collect.wanted([rows[i] for i in order], texts, 1)
     paid = pay(cfg, asked, path, run)
@@ -59,6 +70,9 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     kept = []
     for p in finalists:
         gain = write.checked(trials, p.prompt_id, old["prompt_id"], run.seed)
+        if gain is None:
+            run.note(f"dropped: {p.prompt!r}, too few questions were answered under it and the best constant prompt")
+            continue
         said = f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] over the best constant prompt"
         run.note(f"{'kept' if gain.low > 0 else 'dropped'}: {p.prompt!r}, {said}; Υ expected {p.expected:.3f}")
         if gain.low > 0:
