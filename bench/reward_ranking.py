@@ -55,7 +55,7 @@ from torch import Tensor
 import common
 from tokenmdp import stats
 from tokenmdp.lab import concordance, demo, pair_figures, preference_file
-from tokenmdp.lab.pair_figures import Scored, by_cluster, rate, right
+from tokenmdp.lab.pair_figures import Labels, Scored, by_cluster, right
 from tokenmdp.models import catalog, embedding_cache
 from tokenmdp.models.embedding import OwnBody
 from tokenmdp.models.policy import Policy
@@ -228,6 +228,20 @@ def on_samples(found: Mapping[str, Any], arm: str) -> dict[str, Any]:
     return {**concordance.by_pairs(score, gold), **{f"spearman_{name}": value for name, value in ranks.items()}}
 
 
+def of_pairs(values: Array) -> dict[str, Any]:
+    """A rate with Wilson's interval over pairs, no two of which share a response."""
+    return {**stats.wilson(float(values.sum()), len(values))._asdict(), "n": len(values)}
+
+
+def of_turns(values: Array, cluster: Labels) -> dict[str, Any]:
+    """The mean over first turns, each counting once, with an interval that resamples them."""
+    means = by_cluster(values, cluster)
+    return {
+        **concordance.said(lambda: stats.bounded(stats.bootstrap_mean(means), 0.0, 1.0)),
+        "n": len(values),
+    }
+
+
 def less(a: Array, b: Array) -> dict[str, Any]:
     """The mean difference with its interval over pairs, or prompts."""
     return concordance.said(lambda: stats.bootstrap_mean(a - b))
@@ -241,12 +255,12 @@ def sentiment_results(seeds: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
         return np.concatenate([correct(f, arm, kind, order) for f in found])
 
     return {
-        "held_out": {arm: {kind: rate(pool(arm, kind)) for kind in KINDS} for arm in ARMS},
+        "held_out": {arm: {kind: of_pairs(pool(arm, kind)) for kind in KINDS} for arm in ARMS},
         "held_out_by_seed": {
-            arm: {kind: [rate(correct(f, arm, kind, "preference"))["mean"] for f in found] for kind in KINDS}
+            arm: {kind: [of_pairs(correct(f, arm, kind, "preference"))["mean"] for f in found] for kind in KINDS}
             for arm in ARMS
         },
-        "gold_order": {arm: {kind: rate(pool(arm, kind, "gold")) for kind in KINDS} for arm in ARMS[:-1]},
+        "gold_order": {arm: {kind: of_pairs(pool(arm, kind, "gold")) for kind in KINDS} for arm in ARMS[:-1]},
         "differences": {
             "cross labels less same labels, on same": less(pool("tuned cross", "same"), pool("tuned same", "same")),
             "cross labels less same labels, on cross": less(pool("tuned cross", "cross"), pool("tuned same", "cross")),
@@ -301,7 +315,7 @@ def human_results(run: Run, path: Path, size: Size) -> dict[str, Any]:
         "data": dict(compared.counts),
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "first_turns": len(number),
-        "longer": rate(longer, cluster),
+        "longer": of_turns(longer, cluster),
         "seeds": {},
     }
     for seed in range(size.human_seeds):
@@ -314,7 +328,7 @@ def human_results(run: Run, path: Path, size: Size) -> dict[str, Any]:
             won = right(c - r)
             table = Scored(c, r, lengths, cluster, np.arange(len(c)), np.zeros(len(c)))
             found[name] = {
-                "accuracy": rate(won, cluster),
+                "accuracy": of_turns(won, cluster),
                 "over_longer": less(by_cluster(won, cluster), by_cluster(longer, cluster)),
                 "cross_prompt": pair_figures.cross_prompt(table),
                 "length": pair_figures.length_bias(table),

@@ -55,6 +55,13 @@ def test_no_head_judges_what_it_was_fitted_to(bench: Any) -> None:
         assert both.std() == pytest.approx(1)
 
 
+def test_rates_over_pairs_and_over_first_turns(bench: Any) -> None:
+    values = np.array([1.0, 1, 1, 0])
+    assert bench.of_pairs(values)["mean"] == 0.75
+    found = bench.of_turns(values, np.array([0, 0, 0, 1]))
+    assert (found["mean"], found["n"]) == (0.5, 4)
+
+
 def figure(mean: float, low: float, high: float) -> dict[str, float]:
     return {"mean": mean, "low": low, "high": high}
 

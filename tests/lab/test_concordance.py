@@ -51,6 +51,17 @@ def test_the_interval_covers_what_a_new_draw_of_prompts_gives() -> None:
     assert covered >= 34
 
 
+def test_the_interval_of_few_prompts_covers() -> None:
+    """Scores of five prompts that know nothing of gold: one half; the percentile interval holds it at 82 %."""
+    covered = []
+    for seed in range(150):
+        rng = np.random.default_rng(seed)
+        score, gold = (rng.normal(size=(5, 4)) + rng.normal(size=(5, 1)) for _ in range(2))
+        found = concordance.by_pairs(score, gold, resamples=400)["same_prompt"]
+        covered.append(found["low"] <= 0.5 <= found["high"])
+    assert np.mean(covered) > 0.88
+
+
 def test_missing_scores_leave_their_pairs_out() -> None:
     nan = float("nan")
     whole = concordance.by_pairs([[1, 2], [3, 4]], [[1, 2], [3, 4]])
@@ -67,10 +78,26 @@ def test_missing_scores_leave_their_pairs_out() -> None:
 
 
 def test_spread_by_hand() -> None:
-    # 0, 2 | 4, 6: mean 3, squares 9 + 1 + 1 + 9 = 20, within 4 x 1 = 4, so 80 % lies between prompts.
+    # 0, 2 | 4, 6: mean 3, squares 9 + 1 + 1 + 9 = 20, within 4 x 1 = 4. MSB = 16 / 1, MSW = 4 / 2, σ²_between = (16 − 2) / 2.
     found = concordance.spread([[0, 2], [4, 6]])
-    assert found == pytest.approx({"mean": 3.0, "total": np.sqrt(5), "within": 1.0, "between_share": 0.8})
+    assert found == pytest.approx({"mean": 3.0, "total": np.sqrt(5), "within": 1.0, "between_share": 7 / 9})
+    # 0, 2 | 4, 6 | 5: mean 17 / 5, MSW = 4 / (5 − 3), k = (5 − 9 / 5) / 2 = 1.6.
+    rows = np.array([[0, 2], [4, 6], [5, np.nan]])
+    msb = (2 * (1 - 3.4) ** 2 + 2 * (5 - 3.4) ** 2 + (5 - 3.4) ** 2) / 2
+    between = (msb - 2) / 1.6
+    assert concordance.spread(rows)["between_share"] == pytest.approx(between / (between + 2))
     assert concordance.spread([[1, 1], [1, 1]])["between_share"] == 0.0
+    assert concordance.spread([[0, 2], [2, 0]])["between_share"] == 0.0
+    assert concordance.spread([[0, 2]])["between_share"] is None
+    assert concordance.spread([[0], [2]])["between_share"] is None
+
+
+@pytest.mark.parametrize("k", [2, 4, 8])
+def test_noise_has_no_share_between_prompts(k: int) -> None:
+    rng = np.random.default_rng(1)
+    noise, own = rng.normal(size=(400, k)), rng.normal(size=(400, 1))
+    assert concordance.spread(noise)["between_share"] < 0.1, "the sums of squares alone would say 1/k"
+    assert concordance.spread(noise + own)["between_share"] == pytest.approx(0.5, abs=0.08)
 
 
 def test_ranks_within_prompts_are_averaged_over_them() -> None:

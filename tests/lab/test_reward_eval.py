@@ -185,3 +185,8 @@ def test_words_for_every_outcome() -> None:
     assert reward_words.percents({"absent": "no such pairs", "n": 0}) == "unknown (no such pairs)"
     assert reward_words.numbers({"mean": 0.5, "absent": "one prompt"}) == "+0.50"
     assert reward_words.numbers({"absent": "one prompt"}) == "unknown (one prompt)"
+    samples = {"prompts": 4, "samples": 2, "policy": "p", "spread": {"between_share": 0.25}}
+    known = "On 4 prompts × 2 samples of p, 25% of the score's variance lies between prompts."
+    assert reward_words.verdict({"samples": samples}) == [known]
+    once = reward_words.verdict({"samples": {**samples, "samples": 1, "spread": {"between_share": None}}})
+    assert once[0].endswith("lies between prompts takes two of each to say.")

@@ -31,8 +31,9 @@ def by_pairs(score: ArrayLike, gold: ArrayLike, resamples: int = RESAMPLES, seed
         score, gold: [P, k] of k responses to each of P prompts; NaN where there is none.
 
     Returns:
-        `same_prompt`, `cross_prompt` and their `difference` (same less cross), each with a percentile interval over
-        resampled prompts, or with `absent` saying why there is none; `same_pairs`, `cross_pairs` counted.
+        `same_prompt`, `cross_prompt` and their `difference` (same less cross), each with an interval over resampled
+        prompts (`stats.around`: Student's for few), or with `absent` saying why there is none; `same_pairs`, `cross_pairs`
+        counted.
 
     Raises:
         ValueError: shapes that differ or are not [P, k].
@@ -51,9 +52,9 @@ def by_pairs(score: ArrayLike, gold: ArrayLike, resamples: int = RESAMPLES, seed
     sums = [(agree.trace(), count.trace()), (once.sum(), often.sum())]
     same_mean, cross_mean = (float(a / c) if c else np.nan for a, c in sums)
     return {
-        "same_prompt": _interval(same_mean, same, len(s), "no two responses to one prompt differ in gold"),
-        "cross_prompt": _interval(cross_mean, cross, len(s), "no two responses to different prompts differ in gold"),
-        "difference": _interval(same_mean - cross_mean, same - cross, 0, "one of the two is unknown"),
+        "same_prompt": _interval(same_mean, same, len(s), 0, "no two responses to one prompt differ in gold"),
+        "cross_prompt": _interval(cross_mean, cross, len(s), 0, "no two responses to different prompts differ in gold"),
+        "difference": _interval(same_mean - cross_mean, same - cross, len(s), -1, "one of the two is unknown"),
         "same_pairs": int(count.trace()),
         "cross_pairs": int(often.sum()),
     }
@@ -83,22 +84,28 @@ def by_ranks(score: ArrayLike, gold: ArrayLike, resamples: int = 1000, seed: int
     means = [np.where(known, x, 0).sum(1)[some] / known.sum(1)[some] for x in (s, g)]
     return {
         "within": said(lambda: stats.bootstrap_mean(within) if within else _none("no prompt's responses vary in both")),
-        "pooled": _interval(_spearman(s[known], g[known]), draws, 0, "one of the two scores does not vary"),
+        "pooled": _interval(_spearman(s[known], g[known]), draws, len(s), -1, "one of the two scores does not vary"),
         "of_means": said(lambda: stats.spearman(*means)),
         "prompts_within": len(within),
     }
 
 
-def spread(score: ArrayLike) -> dict[str, float]:
+def spread(score: ArrayLike) -> dict[str, Any]:
     """How much a score varies in all, within prompts, and what share of its variance lies between prompts.
+
+        σ²_between = max(0, (MSB − MSW) / k),   share = σ²_between / (σ²_between + MSW)
+
+    Means of k samples differ by the samples' own noise too: the share of the sums of squares would be 1/k of pure noise.
 
     Args:
         score: [P, k]; NaN where there is none.
 
     Returns:
-        `mean`, `total`, `within` (root mean square deviation from the prompt's mean), `between_share` in [0, 1].
+        `mean`, `total`, `within` (root mean square deviation from the prompt's mean), `between_share` in [0, 1]; that is
+        None for a single prompt, and where no prompt has two samples.
 
-    Source: the analysis of variance, total = within + between sums of squares.
+    Source: Searle, Casella and McCulloch 1992, section 3.6 (analysis of variance estimators; where prompts have different
+    numbers of samples k is (N − Σ k_p² / N) / (P − 1)).
     """
     x = np.asarray(score, dtype=np.float64)
     known = np.isfinite(x)
@@ -108,11 +115,17 @@ def spread(score: ArrayLike) -> dict[str, float]:
     total = float(((value - centre) ** 2 * known).sum())
     inside = float(((value - own) ** 2 * known).sum())
     n = max(1, int(known.sum()))
+    size = known.sum(1)[known.any(1)]
+    P, share = len(size), None
+    if 1 < P < n:
+        noise = inside / (n - P)
+        between = max(0.0, ((total - inside) / (P - 1) - noise) * (P - 1) / (n - float((size**2).sum()) / n))
+        share = between / (between + noise) if between > 0 else 0.0
     return {
         "mean": float(centre),
         "total": float(np.sqrt(total / n)),
         "within": float(np.sqrt(inside / n)),
-        "between_share": 1 - inside / total if total > 0 else 0.0,
+        "between_share": share,
     }
 
 
@@ -162,18 +175,17 @@ def _spearman(x: Array, y: Array) -> float:
     return float(np.corrcoef(scipy.stats.rankdata(x), scipy.stats.rankdata(y))[0, 1])
 
 
-def _interval(mean: float, draws: Array, trials: int, why: str) -> dict[str, Any]:
-    """The percentile interval of resampled statistics. A rate (`trials` > 0) without any spread has Wilson's interval for
-    as many trials as prompts: an interval of width zero would look like certainty.
+def _interval(mean: float, draws: Array, prompts: int, least: float, why: str) -> dict[str, Any]:
+    """The interval of a statistic between `least` and 1, resampled over prompts. A rate (`least` is 0) without any spread has
+    Wilson's interval for as many trials as prompts: an interval of width zero would look like certainty.
     """
     draws = draws[np.isfinite(draws)]
     if not np.isfinite(mean) or len(draws) == 0:
         return {"absent": why}
     if np.ptp(draws) > 0:
-        low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        return Interval(mean, float(low), float(high))._asdict()
-    if trials:
-        return stats.wilson(mean * trials, trials, LEVEL)._asdict()
+        return stats.bounded(stats.around(draws, mean, prompts, LEVEL), least, 1.0)._asdict()
+    if least == 0:
+        return stats.wilson(mean * prompts, prompts, LEVEL)._asdict()
     return {"absent": f"{mean:g} in every resample: the prompts say nothing about its spread"}
 
 

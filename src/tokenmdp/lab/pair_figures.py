@@ -129,8 +129,8 @@ def cross_prompt(scored: Scored) -> dict[str, Any]:
         AUC = P( s(x, y_chosen) > s(x', y_rejected) ),   x ≠ x'
 
     Nobody compared these: a preference says nothing of another prompt's answers, and prompts differ in how good both of
-    their answers are. But it is what a batch of many prompts asks of the score. The interval is normal, its variance that
-    of the influence of each prompt.
+    their answers are. But it is what a batch of many prompts asks of the score. The interval is Student's for as many units as
+    prompts, its variance that of the influence of each.
 
     Source: DeLong et al. 1988, eqs. 4 and 5 for the influences; Obuchowski 1997 for clusters.
     """
@@ -156,7 +156,7 @@ def cross_prompt(scored: Scored) -> dict[str, Any]:
     # Each prompt is in a pair as the chosen side and as the rejected one: what it adds beyond what its pairs are worth.
     influence = np.bincount(cluster, weights=wins + losses) - 2 * own - mean * 2 * size * (n - size)
     deviation = float(np.sqrt((influence**2).sum() * prompts / (prompts - 1)) / pairs)
-    half = float(scipy.stats.norm.ppf(0.5 + LEVEL / 2)) * deviation
+    half = float(scipy.stats.t.ppf(0.5 + LEVEL / 2, prompts - 1)) * deviation
     if deviation == 0:
         return {**stats.wilson(mean * prompts, prompts)._asdict(), "pairs": int(pairs)}
     return {**Interval(mean, max(0.0, mean - half), min(1.0, mean + half))._asdict(), "pairs": int(pairs)}

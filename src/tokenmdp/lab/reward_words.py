@@ -134,10 +134,11 @@ def _probes(found: Mapping[str, Any]) -> Iterator[str]:
 
 def _samples(samples: Mapping[str, Any]) -> Iterator[str]:
     between = samples["spread"]["between_share"]
-    yield (
-        f"On {samples['prompts']} prompts × {samples['samples']} samples of {samples['policy']}, {between:.0%} of the "
-        "score's variance lies between prompts."
-    )
+    asked = f"On {samples['prompts']} prompts × {samples['samples']} samples of {samples['policy']}"
+    if between is None:
+        yield f"{asked}; what share of the score's variance lies between prompts takes two of each to say."
+    else:
+        yield f"{asked}, {between:.0%} of the score's variance lies between prompts."
     gold = samples.get("gold")
     if gold is None or "absent" in gold:
         return
