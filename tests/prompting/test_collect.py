@@ -205,6 +205,17 @@ def test_another_text_or_another_setting_is_not_taken_for_what_was_asked(tmp_pat
         collect.collect(hot, collect.wanted(QUERIES, PROMPTS, 2), collect.Trials(path))
 
 
+def test_an_answer_that_was_cut_is_graded_by_what_it_had_said(tmp_path: Path) -> None:
+    class Cut(Some):
+        def answer(self, asked: Sequence[collect.Asked]) -> Iterator[collect.Answered]:
+            for a in asked:
+                yield collect.Answered(a, "The answer is 2. Now let me", ended=False)
+
+    collect.collect(Cut(0), collect.wanted(QUERIES, PROMPTS, 1), collect.Trials(tmp_path / "t.jsonl"))
+    told = {(row["query"], row["reward"]) for row in rows(tmp_path / "t.jsonl")}
+    assert told == {("0+0=", 0.0), ("1+1=", 1.0), ("2+2=", 0.0), ("3+3=", 0.0)}
+
+
 def test_models_of_one_name_are_told_apart_by_their_weights(tmp_path: Path) -> None:
     path, asked = tmp_path / "t.jsonl", collect.wanted(QUERIES, PROMPTS, 1)
     first, second = (catalog.load("tiny").freeze() for _ in "ab")

@@ -68,7 +68,7 @@ def test_answers_that_were_cut_are_told_by_prompt(tmp_path: Path) -> None:
     """Prompt a ended once and was cut once, and of its third answer nothing is said. Words of files without types count."""
     log = read(tmp_path, [{**row, "ended": e} for row, e in zip(ROWS, (True, None, None, "false"), strict=True)])
     assert log.cut() == {"a": 0.5}
-    assert "were cut before they ended: a 50%." in logs.cut_in_words(log)
+    assert "were cut before they ended: a 50%. A cut answer is graded by what it had said" in logs.cut_in_words(log)
     logs.write(log, tmp_path / "again.jsonl")
     again = logs.read(tmp_path / "again.jsonl")
     assert again.cut() == log.cut()

@@ -387,8 +387,8 @@ def cut_in_words(log: Log) -> str:
         return ""
     said = ", ".join(f"{name} {share:.0%}" for name, share in sorted(most.items(), key=lambda item: -item[1]))
     return (
-        f"answers were cut before they ended: {said}. A cut answer counts as wrong, so such a prompt is judged by the length "
-        "of its answers, too: collect again with more new tokens"
+        f"answers were cut before they ended: {said}. A cut answer is graded by what it had said, so such a prompt is judged "
+        "by the length of its answers, too: collect again with more new tokens"
     )
 
 

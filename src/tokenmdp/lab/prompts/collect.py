@@ -70,8 +70,8 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     )
     if found["cut"]:
         run.note(
-            f"{found['cut']} of {found['made']} answers were cut at max_new_tokens={cfg.max_new_tokens}: what they had not said yet "
-            "counts as wrong, and a prompt that makes answers short looks good; give a larger one"
+            f"{found['cut']} of {found['made']} answers were cut at max_new_tokens={cfg.max_new_tokens} and are graded by what they had "
+            "said: a prompt that makes answers short looks good; give a larger one"
         )
     if len(asked) < len(queries) * len(prompts) * cfg.repeats:
         run.note(
