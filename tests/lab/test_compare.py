@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -274,8 +275,9 @@ def facts(folder: Path) -> dict[str, Any]:
 
 def test_a_comparison_that_learns_nothing_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """The start knows nothing after 20 steps: what needs a success to learn from fails, is counted, and stops nobody."""
-    found = run_here(tmp_path, solvers="awr,rloo", seeds=2)
+    found = run_here(tmp_path, solvers=" awr, rloo", seeds=2)
     assert "P(> start)" in capsys.readouterr().out
+    assert shlex.split(found["command"])[2:6] == ["--solvers", " awr, rloo", "--seeds", "2"]
     rows = {row["solver"]: row for row in found["rows"]}
     assert set(rows) == {"start", "sft-more", "rloo", "awr"}
     assert [rows[name]["failed"] for name in ("start", "sft-more", "rloo", "awr")] == [0, 2, 2, 2]
@@ -396,6 +398,16 @@ def test_the_page_shows_every_solver_and_loads_nothing(seeds: int, tmp_path: Pat
     parsed = Ids(page)
     assert len(set(parsed.ids)) == len(parsed.ids)
     assert set(parsed.anchors) <= set(parsed.ids)
+
+
+def test_the_page_shows_two_digits_of_a_learning_rate(tmp_path: Path):
+    found = {"start": [result("start", [0.1, 0.2], "baseline", learning_rate=None)]}
+    found |= {
+        f"r{at}": [result(f"r{at}", [0.3, 0.5], learning_rate=x)] for at, x in enumerate((3e-4, 1.5e-5, 1e-3 / 3))
+    }
+    (tmp_path / "summary.json").write_text(json.dumps(summary_of(ranking.rows_of(found, solvers.BASELINES), 1)))
+    page = report.build(tmp_path).read_text()
+    assert all(f">{rate}<" in page for rate in ("3e−4", "1.5e−5", "3.3e−4"))
 
 
 def test_the_page_says_what_is_missing(tmp_path: Path):

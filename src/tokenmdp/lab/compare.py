@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -427,12 +428,12 @@ def summed_up(cfg: Config, run: Run, lab: Lab, results: dict[str, list[dict[str,
     """What the page and the results file are made of."""
     rows = ranking.rows_of(results, BASELINES)
     asked = {k: v for k, v in config.plain(cfg).items() if v != getattr(Config, k)}
-    flags = " ".join(f"--{k.replace('_', '-')} {v}" if v is not True else f"--{k}" for k, v in asked.items())
+    flags = [word for k, v in asked.items() for word in (f"--{k.replace('_', '-')}", *([] if v is True else [str(v)]))]
     tuned = "three learning rates for each solver" if cfg.tune else "none: learning rates as in the solvers' table"
     return {
         "kind": "compare",
         "title": f"Solvers side by side: {cfg.task}",
-        "command": " ".join(f"tokenmdp compare {flags} --seed {run.seed}".split()),
+        "command": shlex.join(["tokenmdp", "compare", *flags, "--seed", str(run.seed)]),
         "task": cfg.task,
         "model": cfg.model,
         "reward": lab.reward.name,

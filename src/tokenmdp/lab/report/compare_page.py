@@ -234,7 +234,7 @@ def _line(row: Mapping[str, Any]) -> dict[str, Any]:
         "failed": ("–" if row["solver"] == "start" else f"{sum(failed.values())} of {runs}", _said(failed)),
         "tokens": count(round(figures.number("tokens") or 0)),
         "seconds": fine(figures.number("seconds")),
-        "rate": "–" if (rate := figures.number("learning_rate")) is None else f"{rate:.0e}".replace("e-0", "e−"),
+        "rate": _rate(figures.number("learning_rate")),
         "scores": " ".join(num(number(x)) for x in row.get("scores", [])),
     }
 
@@ -243,6 +243,11 @@ def _cell(interval: Interval | None, show: str = "num") -> tuple[str, str]:
     if interval is None or math.isnan(interval.mean):
         return ("–", "")
     return (signed(interval.mean) if show == "signed" else num(interval.mean), span(interval, show))
+
+
+def _rate(rate: float | None) -> str:
+    """A learning rate with two digits, which scaling leaves it: 1.5e−5; one where the second is a nought."""
+    return "–" if rate is None else f"{rate:.1e}".replace(".0e", "e").replace("e-0", "e-").replace("-", "−")
 
 
 def _said(failed: Mapping[str, int]) -> str:
