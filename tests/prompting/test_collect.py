@@ -216,6 +216,11 @@ def test_an_answer_that_was_cut_is_graded_by_what_it_had_said(tmp_path: Path) ->
     assert told == {("0+0=", 0.0), ("1+1=", 1.0), ("2+2=", 0.0), ("3+3=", 0.0)}
 
 
+def test_a_query_may_be_called_0() -> None:
+    asked = collect.wanted([{**QUERIES[1], "query_id": 0}, {**QUERIES[2], "query_id": None}], PROMPTS[:1], 1)
+    assert [a.query_id for a in asked] == ["0", logs.name_of("2+2=")]
+
+
 def test_models_of_one_name_are_told_apart_by_their_weights(tmp_path: Path) -> None:
     path, asked = tmp_path / "t.jsonl", collect.wanted(QUERIES, PROMPTS, 1)
     first, second = (catalog.load("tiny").freeze() for _ in "ab")

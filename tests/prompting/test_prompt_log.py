@@ -39,6 +39,11 @@ def test_trials_are_kept_as_numbers_and_repeats_are_numbered(tmp_path: Path) -> 
     np.testing.assert_equal(log.matrix(), expected)
 
 
+def test_a_query_may_be_called_0(tmp_path: Path) -> None:
+    rows = [{**row, "query_id": i} for row, i in zip(ROWS[:3], (0, 0, ""), strict=True)]
+    assert read(tmp_path, rows).query_ids == ("0", logs.name_of("3+3"))
+
+
 def test_a_row_of_outcomes_is_a_trial_for_every_prompt(tmp_path: Path) -> None:
     rows = [{"query": "2+2", "split": "train", "correct": {"a": 1, "b": 0}}]
     log = read(tmp_path, rows)

@@ -31,7 +31,9 @@ def calls_raise(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def written(folder: Path, strength: float) -> Path:
     logs.write(log_of(strength), folder / "trials.jsonl")
-    (folder / "queries.jsonl").write_text("".join(json.dumps({"query": q}) + "\n" for q in FEW))
+    (folder / "queries.jsonl").write_text(
+        "".join(json.dumps({"query": q, "query_id": i}) + "\n" for i, q in enumerate(FEW))
+    )
     return folder / "trials.jsonl"
 
 
@@ -87,6 +89,7 @@ def test_fit_then_choose(tmp_path: Path, strength: float, abstains: bool) -> Non
     with Run.open(tmp_path / "choose", {}, 0) as run:
         made = choose.main(cfg, run)
     rows = [json.loads(line) for line in (tmp_path / "choose/choices.jsonl").read_text().splitlines()]
+    assert [row["query_id"] for row in rows] == ["0", "1"]
     if abstains:
         assert made["share_best_constant"] == 1.0
     else:

@@ -22,7 +22,7 @@ import torch
 from tokenmdp.models import catalog
 from tokenmdp.models.policy import Policy
 from tokenmdp.models.sampling import Sampling
-from tokenmdp.prompting.log import name_of
+from tokenmdp.prompting.log import id_of, name_of
 from tokenmdp.rewards import numerals
 from tokenmdp.rewards.verifier import after_thinking
 
@@ -361,7 +361,7 @@ def _named(queries: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]
     """
     named: dict[str, Mapping[str, Any]] = {}
     for number, q in enumerate(queries, 1):
-        query_id = str(q.get("query_id") or name_of(str(q["query"])))
+        query_id = id_of(q, str(q["query"]))
         first = named.setdefault(query_id, q)
         for column in ("query", "answer"):
             if first[column] != q[column]:

@@ -252,7 +252,7 @@ class Builder:
                 "query, prompt_id and reward (or correct, a table of rewards by prompt_id)"
             )
         text = _text(row["query"], "query", where)
-        query = self._query(str(row.get("query_id") or name_of(text)), text, where)
+        query = self._query(id_of(row, text), text, where)
         part = self.parts.setdefault(str(row.get("split") or ""), len(self.parts))
         prompt = self._prompt(str(row["prompt_id"]), row.get("prompt"), where)
         reward = _number(row["reward"], "reward", where)
@@ -378,6 +378,12 @@ class Builder:
 def name_of(text: str) -> str:
     """A short name for a text: the first twelve hex digits of its SHA-256."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+
+
+def id_of(row: Mapping[str, Any], text: str) -> str:
+    """The query_id of a row, where it has one (0 is one); else a name made of its query."""
+    given = row.get("query_id")
+    return name_of(text) if given is None or given == "" else str(given)
 
 
 def cut_in_words(log: Log) -> str:

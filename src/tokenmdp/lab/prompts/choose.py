@@ -28,8 +28,7 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
     picks = chooser.several(texts, cfg.calls) if cfg.calls > 1 else chooser.choose(texts)[:, None]
     for given, text, row, expected in zip(rows, texts, picks.tolist(), value.tolist(), strict=True):
         names, chosen = ([of[i] for i in row] for of in (chooser.prompt_ids, chooser.prompts))
-        name = str(given.get("query_id") or log.name_of(text))
-        said = {"query_id": name, "query": text, "prompt_ids": names, "prompts": chosen}
+        said = {"query_id": log.id_of(given, text), "query": text, "prompt_ids": names, "prompts": chosen}
         run.append("choices.jsonl", said | {"expected": [expected[i] for i in row]})
     same = float((picks[:, 0] == chooser.constant).mean())
     return {
