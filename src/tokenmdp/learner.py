@@ -154,6 +154,8 @@ class Learner:
         """Accumulate the gradient of Σ weight · loss into the parameters, without stepping; returns the weighted
         sums.
         """
+        here = next(iter(self.named.values())).device
+        weight, columns = weight.to(here), {name: column.to(here) for name, column in columns.items()}
         totals: dict[str, Tensor] = {}
         for rows in micro_batches(data.cost, self.tokens):
             part = data.select(rows)
@@ -212,7 +214,7 @@ class Learner:
                 )
             parameter.copy_(saved)
             state = {
-                key: tensors[f"adam/{key}/{name}"].clone()
+                key: tensors[f"adam/{key}/{name}"].clone().to(parameter.device)
                 for key in ("step", "exp_avg", "exp_avg_sq")
                 if f"adam/{key}/{name}" in tensors
             }

@@ -252,6 +252,7 @@ class Pairs:
             raise ValueError(
                 f"{B} chosen rows, {len(self.rejected)} rejected rows and {tuple(self.margin.shape)} margins: one of each a pair"
             )
+        object.__setattr__(self, "margin", self.margin.to(self.chosen.tokens.device))
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -263,7 +264,7 @@ class Pairs:
 
     def select(self, rows: Tensor | Sequence[int]) -> Pairs:
         """The given pairs, in that order."""
-        index = torch.as_tensor(rows, dtype=torch.long)
+        index = torch.as_tensor(rows, dtype=torch.long, device=self.margin.device)
         return Pairs(self.chosen.select(index), self.rejected.select(index), self.margin[index])
 
 

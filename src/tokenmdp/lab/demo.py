@@ -193,7 +193,7 @@ class Demo:
                 texts=[r[name]["text"] for r in rows],
                 ended=[r[name]["ended"] for r in rows],
                 pad=policy.eos_ids[0],
-            )
+            ).to(policy.device)
 
         pairs = Pairs(side("chosen"), side("rejected"), torch.zeros(len(rows)))
         agrees = [r["chosen"]["gold"] > r["rejected"]["gold"] for r in rows]
@@ -270,8 +270,8 @@ def figures(
     """Gold, proxy, KL and diversity of the three arms; intervals resample prefixes, differences are paired by
     prefix.
     """
-    gb, ga = gold_b.double().numpy().reshape(prompts, -1), gold_a.double().numpy().reshape(prompts, -1)
-    pb, pa = proxy_b.double().numpy().reshape(prompts, -1), proxy_a.double().numpy().reshape(prompts, -1)
+    gb, ga = gold_b.double().cpu().numpy().reshape(prompts, -1), gold_a.double().cpu().numpy().reshape(prompts, -1)
+    pb, pa = proxy_b.double().cpu().numpy().reshape(prompts, -1), proxy_a.double().cpu().numpy().reshape(prompts, -1)
     chosen = pb.argmax(1)
     bon, bon_proxy = gb[np.arange(prompts), chosen], pb[np.arange(prompts), chosen]
     picked = (chosen + candidates * np.arange(prompts)).tolist()
@@ -281,7 +281,7 @@ def figures(
         "bon": [before.texts[i] for i in picked],
         "ppo": [after.texts[i * (len(after) // prompts)] for i in range(prompts)],
     }
-    nats = divergence.sum(-1).double().numpy().reshape(prompts, -1)
+    nats = divergence.sum(-1).double().cpu().numpy().reshape(prompts, -1)
     curve = [
         {
             "n": n,

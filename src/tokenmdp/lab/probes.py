@@ -101,7 +101,7 @@ def rewritten(batch: Batch, policy: Policy, probe: Callable[[str], str]) -> tupl
         return None, []
     texts = [policy.response_text(p.ids, r) for p, r in zip(prompts, responses, strict=True)]
     ended = batch.ended[rows].tolist()
-    return Batch.build(prompts, responses, texts=texts, ended=ended, pad=policy.eos_ids[0]), rows
+    return Batch.build(prompts, responses, texts=texts, ended=ended, pad=policy.eos_ids[0]).to(policy.device), rows
 
 
 def _after(policy: Policy, prompt: Prompt, text: str) -> list[int]:

@@ -147,7 +147,7 @@ def train(
         shown = demonstrations.select(torch.randperm(len(demonstrations), generator=run.rng)[: cfg.prompts])
         b = policy.sample(shown.prompts, cfg.samples, sampling, run.rng)
         both = Batch.concat([shown, b])
-        theirs = torch.arange(len(both)) < len(shown)
+        theirs = torch.arange(len(both), device=both.tokens.device) < len(shown)
 
         # 2. Tell them apart: both sides weigh one half, whatever their numbers.
         w = stacked([0.5 * weights.per_slot(side.action, H) for side in (shown, b)])

@@ -144,7 +144,7 @@ def judge(reward: RewardModel, pairs: Pairs, closed: Reward | None = None) -> di
     that resamples prompts, where there are at least three of them.
     """
     both = Batch.concat([pairs.chosen, pairs.rejected])
-    score = reward(both).value.double()
+    score = reward(both).value.double().cpu()
     ece, table = stats.calibration(torch.sigmoid(score).numpy(), (torch.arange(len(both)) < len(pairs)).numpy())
     figures: dict[str, object] = {
         **_accuracy(score, pairs, ""),
@@ -156,9 +156,9 @@ def judge(reward: RewardModel, pairs: Pairs, closed: Reward | None = None) -> di
     if closed is None:
         return figures
     known = closed(both)
-    truth = known.value.double()
+    truth = known.value.double().cpu()
     figures |= _accuracy(truth, pairs, "closed_")
-    judged = known.verdict
+    judged = known.verdict.cpu()
     prompts = [both.prompts[row].ids for row in judged.nonzero()[:, 0].tolist()]
     if len(set(prompts)) > 2 and len(score[judged].unique()) > 1 and len(truth[judged].unique()) > 1:
         found = stats.spearman(score[judged].numpy(), truth[judged].numpy(), cluster=prompts)

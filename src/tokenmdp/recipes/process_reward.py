@@ -83,7 +83,7 @@ def train(
     if len(kept) < 2:
         cut = f" ({cut} of them are cut off)" if (cut := int((~batch.ended).sum())) else ""
         raise ValueError(f"{len(kept)} of {len(batch)} responses have a labelled step; give at least 2{cut}")
-    labelled = replace(batch, group=torch.arange(len(batch))).select(kept)
+    labelled = replace(batch, group=torch.arange(len(batch), device=batch.tokens.device)).select(kept)
     # By prompt: a held-out response whose siblings are trained on says how well a prompt was learned by heart.
     learned, judged = (part.group for part in data.split(labelled, cfg.held_out, run.rng, by_prompt=True))
     seen = steps.last_of(mask) if cfg.outcome else mask

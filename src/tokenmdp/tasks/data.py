@@ -59,7 +59,7 @@ def labelled(
         ValueError: as `demonstrations`; or a label that is neither true nor false.
     """
     batch = _batch(rows, formats.labelled, policy, max_tokens)
-    return batch, torch.tensor([bool(p.columns["label"]) for p in batch.prompts])
+    return batch, torch.tensor([bool(p.columns["label"]) for p in batch.prompts], device=policy.device)
 
 
 def logged(
@@ -71,7 +71,7 @@ def logged(
         ValueError: as `demonstrations`; or a reward that is missing or not a finite number.
     """
     batch = _batch(rows, formats.logged, policy, max_tokens)
-    return batch, torch.tensor([float(p.columns["reward"]) for p in batch.prompts])
+    return batch, torch.tensor([float(p.columns["reward"]) for p in batch.prompts], device=policy.device)
 
 
 def stepwise(
@@ -100,7 +100,7 @@ def stepwise(
 
     marks = _each(rows, one)
     batch = built.batch()
-    label, where = torch.zeros(batch.tokens.shape), torch.zeros_like(batch.action)
+    label, where = torch.zeros(batch.tokens.shape, device=policy.device), torch.zeros_like(batch.action)
     for row_at, at, right in chain.from_iterable(marks):
         if at < int(batch.length[row_at]):
             label[row_at, at], where[row_at, at] = float(right), True
@@ -130,7 +130,7 @@ def pairs(rows: Sequence[Mapping[str, Any]], policy: Policy, max_tokens: int | N
         return [found.margin for found in several]
 
     margins = list(chain.from_iterable(_each(rows, one)))
-    return Pairs(chosen.batch(), rejected.batch(), torch.tensor(margins))
+    return Pairs(chosen.batch(), rejected.batch(), torch.tensor(margins, device=policy.device))
 
 
 def distinct(pairs: Pairs) -> tuple[Pairs, int]:
@@ -268,7 +268,8 @@ class _Rows:
 
     def batch(self) -> Batch:
         texts = [self.policy.response_text(p.ids, r) for p, r in zip(self.prompts, self.responses, strict=True)]
-        return Batch.build(self.prompts, self.responses, texts=texts, ended=self.ended, pad=self.policy.eos_ids[0])
+        pad = self.policy.eos_ids[0]
+        return Batch.build(self.prompts, self.responses, texts=texts, ended=self.ended, pad=pad).to(self.policy.device)
 
 
 def _each(rows: Sequence[Mapping[str, Any]], use: Callable[[Mapping[str, Any], int], Made]) -> list[Made]:

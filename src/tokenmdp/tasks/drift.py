@@ -200,7 +200,7 @@ def demonstrations(
         texts=[policy.response_text(p.ids, r) for p, r in zip(rows, responses, strict=True)],
         ended=[False] * count,
         pad=policy.eos_ids[0],
-    )
+    ).to(policy.device)
 
 
 def _characters(policy: Policy, text: str) -> list[int]:
