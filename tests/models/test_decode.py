@@ -158,6 +158,20 @@ def test_slabs_are_split_by_their_size(
     assert_same(split, whole)
 
 
+def test_samples_of_one_prefix_are_split_too(
+    policy: Policy, passes: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampling, u = Sampling(max_new_tokens=6), numbers(20, 6)
+    with torch.inference_mode():
+        whole = decode.fast(policy, PREFIXES[:1], 20, u, sampling)
+        passes.clear()
+        monkeypatch.setattr(decode, "SLAB_TOKENS", 60)
+        split = decode.fast(policy, PREFIXES[:1], 20, u, sampling)
+    columns = len(PREFIXES[0]) + 6
+    assert max(rows for rows, tokens in passes if tokens == 1) == 60 // columns
+    assert_same(split, whole)
+
+
 def test_a_response_does_not_depend_on_its_neighbours(policy: Policy) -> None:
     policy.eos_ids = MANY_ENDS
     sampling, u = Sampling(max_new_tokens=8, temperature=1.2), numbers(8, 8)

@@ -65,7 +65,7 @@ def test_means_are_over_the_rows_of_one_label(tmp_path: Path) -> None:
     both, label = judged(8)
     rows = [0, 2, 4, 1, 3]  # three good ones and two bad ones
     data = both.select(rows), label[rows]
-    _, figures, lines, _ = run_it(tmp_path / "run", data, steps=1, rows=99, held_out=0.01, learning_rate=1e-12)
+    _, figures, lines, _ = run_it(tmp_path / "run", data, steps=1, rows=99, held_out=0.4, learning_rate=1e-12)
     total = kto.totals(fresh(), data[0])
     n_learned = 5 - figures["n_rows"]
     n_good = round(lines[0]["desirable_share"] * n_learned)
@@ -143,3 +143,8 @@ def test_settings_outside_their_range_are_errors(changes: dict[str, Any], words:
 def test_a_weight_of_zero_is_a_choice(tmp_path: Path) -> None:
     _, figures, _, _ = run_it(tmp_path / "run", judged(8), steps=1, rows=4, desirable=0.0)
     assert figures["balance"] == 0
+
+
+def test_one_response_alone_is_refused() -> None:
+    with pytest.raises(ValueError, match="one response alone"):
+        kto.mismatched(batch([([1], [5, EOS])]), context=64)

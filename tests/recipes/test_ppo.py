@@ -222,7 +222,7 @@ def scored(factor: float) -> FunctionReward:
 
 
 def test_scores_are_held_within_bounds_for_learning_and_reported_as_they_are(tmp_path: Path) -> None:
-    _, _, lines = run_ppo(tmp_path / "run", steps=1, reward=scored(1000.0), score_clip=0.5, kl=0.0)
+    _, _, lines = run_ppo(tmp_path / "run", steps=1, reward=scored(1000.0), score_clip=0.5, kl=0.0, kl_target=0.0)
     assert lines[0]["objective/scores"] > 1
     assert 0 < lines[0]["objective/rlhf_reward"] <= 0.5
 
@@ -231,7 +231,7 @@ def test_divided_by_their_spread_rewards_have_no_unit(tmp_path: Path) -> None:
     """Ten times the score, the same critic's loss; without the division a hundred times."""
 
     def losses(whiten: bool) -> list[float]:
-        changes = {"steps": 1, "kl": 0.0, "whiten_rewards": whiten, "lam": 1.0}
+        changes = {"steps": 1, "kl": 0.0, "kl_target": 0.0, "whiten_rewards": whiten, "lam": 1.0}
         runs = [run_ppo(tmp_path / f"{whiten}-{f}", reward=scored(f), **changes)[2] for f in (1.0, 10.0)]
         return [lines[0]["loss/value_avg"] for lines in runs]
 
@@ -285,3 +285,16 @@ def test_a_second_round_is_measured_to_the_first_start(name: str, tmp_path: Path
     gate = json.loads((tmp_path / "run" / "gate.jsonl").read_text().splitlines()[0])
     assert gate["kl_reference"] is None
     assert gate["sampler_learner_mean_difference"] < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"kl": 0.0, "kl_target": 6.0}, "kl=0 stays 0"),
+        ({"score_clip": -1.0}, r"score_clip=-1\.0"),
+        ({"truncation": -0.5}, r"truncation=-0\.5"),
+    ],
+)
+def test_settings_that_do_nothing_or_harm_are_refused(changes: dict[str, float], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        ppo.Config(**changes)  # type: ignore[arg-type]

@@ -236,6 +236,57 @@ def test_every_scheme_takes_a_score_with_a_baseline_off(policy: Policy, sampled:
         torch.testing.assert_close((one - two).sum(1), torch.ones(len(sampled)), msg=spec, rtol=1e-4, atol=1e-5)
 
 
+def test_a_scheme_that_is_a_baseline_gets_no_second_one(policy: Policy, sampled: Batch) -> None:
+    """What is left is the score less the value of the state, whatever rows are compared with."""
+    reward = FunctionReward(lambda completions, **_: [1.0] * len(completions), name="sure")
+    scheme = assign.load("branch:2", reward, policy, SAMPLING)
+    paid = scheme.paid(sampled, reward(sampled))
+
+    def compare(total: torch.Tensor) -> torch.Tensor:
+        return returns.centred(total, sampled.group)
+
+    found = assign.advantage(scheme, sampled, paid, paid.value, compare, policy, torch.Generator())
+    torch.testing.assert_close(found, torch.zeros_like(found), msg="every future is worth 1, and so is the response")
+    assert assign.load("shaped", model_of(policy), policy).baseline
+    assert not assign.load("uniform", reward, policy).baseline
+
+
+def test_where_tokens_are_paid_responses_are_compared_at_each_step(policy: Policy) -> None:
+    """w3 pays 1.5 and others ½: ahead at each step 2.5, 1, ½ and 2, ½, then ½; what lies behind is charged to nobody."""
+    b = replace(batch([([1, 2], [3, 4, 5]), ([6], [3, 7])]), group=torch.zeros(2, dtype=torch.long))
+    reward = PerToken()
+    scheme = assign.load("last", reward, policy)
+    paid = scheme.paid(b, reward(b))
+
+    def compare(total: torch.Tensor) -> torch.Tensor:
+        return returns.leave_one_out(total, b.group)
+
+    found = assign.advantage(scheme, b, paid, paid.value, compare, policy, torch.Generator())
+    assert found[b.action].tolist() == pytest.approx([0.5, 0.5, 0.0, -0.5, -0.5])
+    plain = replace(paid, token=None)
+    whole = assign.advantage(scheme, b, plain, plain.value, compare, policy, torch.Generator())
+    assert whole[b.action].tolist() == pytest.approx([0.5, 0.5, 0.5, -0.5, -0.5])
+
+
+def test_late_tokens_are_not_charged_with_what_was_earned_before_them(policy: Policy) -> None:
+    """Six steps of about .8 in each of forty responses: the mean advantage is 0 at every step."""
+    rng = torch.Generator().manual_seed(0)
+    b = batch([([1], [5] * 6) for _ in range(40)])
+    b = replace(b, group=torch.arange(40) // 8)
+    token = torch.where(b.action, 0.8 + 0.1 * torch.randn(b.tokens.shape, generator=rng), 0.0)
+    paid = Score(token.sum(1), torch.ones(40, dtype=torch.bool), token)
+    scheme = assign.load("last", PerToken(), policy)
+
+    def compare(total: torch.Tensor) -> torch.Tensor:
+        return returns.centred(total, b.group)
+
+    found = assign.advantage(scheme, b, paid, paid.value, compare, policy, rng)
+    by_step = returns.at_steps(found, b.action)
+    torch.testing.assert_close(by_step.mean(0), torch.zeros(6), atol=1e-5, rtol=0.0)
+    assert float(by_step[:, -1].std()) < 0.15, "the last step's own spread"
+    torch.testing.assert_close(returns.at_tokens(by_step, b.action), found)
+
+
 # -- a process reward: what a row is paid in all ------------------------------------------------------------------------
 
 

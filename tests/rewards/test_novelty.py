@@ -37,8 +37,10 @@ def test_it_counts_a_batch_and_reads_nothing_but_the_response() -> None:
     corpus = batch([([9, 9], [4, 5, EOS]), ([8], [4, 5]), ([4], [5, 4, EOS])])
     novelty = Novelty.fit(corpus, n=2, end=(EOS,))
     assert dict(novelty.counts) == {(4, 5): 2, (5, 4): 1}
-    same = batch([([1], [4, 5]), ([7, 7, 7], [4, 5])])
-    assert novelty(same).value.tolist() == pytest.approx([1 / math.sqrt(3)] * 2)
+    same = batch([([1], [4, 5]), ([7, 7, 7], [4, 5]), ([1], [4, 5, EOS]), ([1], [EOS])])
+    found = novelty(same)
+    assert found.value[:3].tolist() == pytest.approx([1 / math.sqrt(3)] * 3), "ending is nothing new"
+    assert found.verdict.tolist() == [True, True, True, False], "who says nothing is not judged by it"
 
 
 @pytest.mark.parametrize("n", [0, 1, 3])

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from tiny_models import EOS, batch, prompt, ragged, tiny
+from tiny_models import EOS, VOCABULARY, batch, prompt, ragged, tiny
 from tokenmdp.functional import preference, weights
 from tokenmdp.learner import Learner
 from tokenmdp.models.policy import Policy
@@ -184,20 +184,27 @@ def test_it_is_read_back_as_it_was(policy: Policy, train: str, pool: str, tmp_pa
     assert list(loaded.trained()) == []
 
 
-def test_other_tools_read_the_same_raw_score(reward: RewardModel, tmp_path: Path) -> None:
-    """They find the last token by its identity, so rows that end in EOS = pad are left out: there they read one
-    token early.
+@pytest.mark.parametrize("padded", [True, False])
+def test_other_tools_read_the_same_raw_score(padded: bool, tmp_path: Path) -> None:
+    """They find the last token by its identity. Where the tokenizer has no other token to pad with than the one that responses
+    end in, they read rows that ended one token early.
     """
+    policy = tiny(vocabulary=VOCABULARY + 1)
+    if padded:
+        policy.tokenizer.pad_token = f"w{VOCABULARY}"  # which no row holds
+    reward = trained(policy)
     b = ragged(12)
-    rows = [i for i in range(len(b)) if not b.ended[i]]
     reward.normalise(b)
     reward.save(tmp_path)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    padding = AutoTokenizer.from_pretrained(tmp_path).pad_token_id
     assert model.config.num_labels == 1
-    part = b.select(rows)
+    assert padding == model.config.pad_token_id == (VOCABULARY if padded else EOS)
+    assert 0 < int(b.ended.sum()) < len(b)
     with torch.no_grad():
-        raw = model(input_ids=part.tokens).logits[:, 0]
-    assert torch.allclose((raw - reward.shift) / reward.scale, reward(part).value, atol=1e-5)
+        raw = model(input_ids=torch.where(b.real, b.tokens, padding)).logits[:, 0]
+    same = torch.isclose((raw - reward.shift) / reward.scale, reward(b).value, atol=1e-5)
+    assert same.tolist() == ([True] * len(b) if padded else (~b.ended).tolist())
 
 
 def test_a_classifier_of_several_labels_is_no_reward_model(policy: Policy, tmp_path: Path) -> None:

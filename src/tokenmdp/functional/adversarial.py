@@ -143,9 +143,7 @@ def to_go(
     length = action.sum(1)
     if int(length.max()) > horizon:
         raise ValueError(f"a response of {int(length.max())} tokens, but the horizon is {horizon}: cut it, or raise it")
-    rows, at = action.nonzero(as_tuple=True)
-    step = (action.cumsum(1) - 1)[rows, at]
-    laid = reward.new_zeros((len(reward), horizon)).index_put((rows, step), reward[rows, at])
+    laid = returns.at_steps(reward, action, horizon)
     last = laid.gather(1, (length - 1).clamp(min=0)[:, None])
     after = (torch.arange(horizon, device=laid.device) >= length[:, None]) & ended[:, None]
     return torch.where(after, last, laid).flip(1).cumsum(1).flip(1)
@@ -172,6 +170,4 @@ def against_others(
     Source: as `returns.leave_one_out`, at each step.
     """
     centred = torch.stack([returns.leave_one_out(ahead[:, t], group) for t in range(ahead.shape[1])], dim=1)
-    rows, at = action.nonzero(as_tuple=True)
-    step = (action.cumsum(1) - 1)[rows, at]
-    return ahead.new_zeros(action.shape).index_put((rows, at), centred[rows, step])
+    return returns.at_tokens(centred, action)

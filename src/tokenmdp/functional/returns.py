@@ -347,6 +347,25 @@ def branch(
     return torch.where(action, torch.stack(columns, dim=1), zero)
 
 
+def at_steps(value: Float[Tensor, "B L"], action: Bool[Tensor, "B L"], horizon: int = 0) -> Float[Tensor, "B H"]:
+    """Token-aligned numbers by their step: `[b, t]` is that of the t-th action of row b, wherever it stands; 0 after the last.
+
+    Args:
+        horizon: H, where it is longer than the longest response.
+    """
+    rows, at = action.nonzero(as_tuple=True)
+    step = (action.cumsum(1) - 1)[rows, at]
+    H = max(horizon, int(action.sum(1).max()))
+    return value.new_zeros((len(value), H)).index_put((rows, step), value[rows, at])
+
+
+def at_tokens(value: Float[Tensor, "B H"], action: Bool[Tensor, "B L"]) -> Float[Tensor, "B L"]:
+    """Undoes `at_steps`: the number of each step at its token, 0 outside the mask."""
+    rows, at = action.nonzero(as_tuple=True)
+    step = (action.cumsum(1) - 1)[rows, at]
+    return value.new_zeros(action.shape).index_put((rows, at), value[rows, step])
+
+
 def _largest(score: Tensor, group: Tensor, rows: Tensor) -> Tensor:
     """For each row the largest magnitude among its group's scores."""
     names, index = torch.unique(group, return_inverse=True)

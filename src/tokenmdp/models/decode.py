@@ -283,17 +283,19 @@ def fork(
                 break
             end += 1
         part = order[start:end]
-        rows = [i * n + j for i in part for j in range(n)]
-        _decode_part(
-            policy,
-            [states[i] for i in part],
-            [horizons[i] for i in part],
-            n,
-            uniform[rows],
-            sampling,
-            [drawn[r] for r in rows],
-            advance,
-        )
+        some = n if len(part) > 1 else max(1, SLAB_TOKENS // (length + horizon))  # one state may have too many samples
+        for samples in (range(n)[k : k + some] for k in range(0, n, some)):
+            rows = [i * n + j for i in part for j in samples]
+            _decode_part(
+                policy,
+                [states[i] for i in part],
+                [horizons[i] for i in part],
+                len(samples),
+                uniform[rows],
+                sampling,
+                [drawn[r] for r in rows],
+                advance,
+            )
         start = end
     return drawn
 

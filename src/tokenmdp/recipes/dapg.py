@@ -16,6 +16,7 @@ out. Cloning first is `sft`, a recipe of its own.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -120,8 +121,8 @@ def train(
         divergence = kl.reverse_k1(logp_old, logp_ref).sum(-1)
         paid = scheme.paid(b, score)
         total = paid.value - cfg.kl * divergence.to(paid.value.dtype)
-        centred = returns.leave_one_out(total, b.group, rows)
-        advantage = returns.discounted(scheme(b, paid, centred, policy, run.rng), b.action)
+        less = partial(returns.leave_one_out, group=b.group, rows=rows)
+        advantage = assign.advantage(scheme, b, paid, total, less, policy, run.rng)
         own = weights.per_slot(b.action, cfg.max_new_tokens, rows)
         largest = torch.where(own > 0, advantage, torch.zeros_like(advantage)).max()
         unit = float(largest) if cfg.demo_scale == "largest" else 1.0

@@ -27,6 +27,7 @@ no KL to follow, is skipped and counted. MiniMax-M1 does not say its upper bound
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -80,7 +81,7 @@ class Config:
     minibatches: int = 2  # updates a pass
     clip: float = 0.2  # ε below, in units of the ratio; 0 for no clip (in cispo: no lower bound)
     clip_high: float = 0.0  # ε above where it differs; 0 for the same
-    kl: float = 0.04  # β in the loss, reward units a nat
+    kl: float = 0.04  # β in the loss, in units of the advantage a nat: reward units only with scale=none
     kl_estimator: str = "k3"  # k3, as published | k2, whose gradient is that of KL(π ‖ ref)
     dynamic_sampling: int = 0  # most times that groups whose scores are all equal are drawn anew, by other prompts
     overlong: int = 0  # tokens before the horizon in which length costs, up to 1 reward unit; 0 for none
@@ -187,8 +188,8 @@ def train(
         # 3. Better or worse than the other samples of the prompt, on the tokens that made it so.
         paid = scheme.paid(b, score)
         outcome = paid.value + returns.overlong(b.action.sum(-1), cfg.max_new_tokens, cfg.overlong)
-        centred = returns.centred(outcome, b.group, rows)
-        advantage = returns.discounted(scheme(b, paid, centred, sampler, run.rng), b.action)
+        less = partial(returns.centred, group=b.group, rows=rows)
+        advantage = assign.advantage(scheme, b, paid, outcome, less, sampler, run.rng)
         if cfg.scale != "none":
             among = b.group if cfg.scale == "group" else torch.zeros_like(b.group)
             advantage = returns.scaled(advantage, returns.spread(outcome, among, rows))

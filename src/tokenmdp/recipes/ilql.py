@@ -107,16 +107,23 @@ class Values:
         """
         states = self.critic.states(batch)
         where = batch.action.nonzero(as_tuple=True)
-        read, chosen = states[where], batch.tokens[where]
-        q = self.twin(read, self.embedding)
-        with torch.no_grad():
-            goal = self.target(read, self.embedding).gather(2, chosen.expand(2, -1)[..., None])[..., 0].amin(0)
-        own = {"q_target": goal}
-        for i, head in enumerate(q, 1):
+        chosen = batch.tokens[where]
+        own = {}
+        for i, head in enumerate(self.twin(states[where], self.embedding), 1):
             own[f"q{i}"] = head.gather(1, chosen[:, None])[:, 0]
             own[f"cql{i}"] = value_loss.cql(head, chosen)
         blank = torch.zeros(batch.tokens.shape, device=batch.tokens.device)
-        return {"value": self.critic.value(states, batch), **{k: blank.index_put(where, x) for k, x in own.items()}}
+        return {**self.worth(batch, states), **{k: blank.index_put(where, x) for k, x in own.items()}}
+
+    def worth(self, batch: Batch, states: Tensor | None = None) -> dict[str, Tensor]:
+        """`value`, with gradient where it is recorded, and `q_target`, without: what is needed to weigh tokens."""
+        states = self.critic.states(batch) if states is None else states
+        where = batch.action.nonzero(as_tuple=True)
+        with torch.no_grad():
+            q = self.target(states[where], self.embedding)
+            goal = q.gather(2, batch.tokens[where].expand(2, -1)[..., None])[..., 0].amin(0)
+        blank = torch.zeros(batch.tokens.shape, device=batch.tokens.device)
+        return {"value": self.critic.value(states, batch), "q_target": blank.index_put(where, goal)}
 
 
 def train(cfg: Config, start: Policy, logged: Batch, score: Tensor, run: Run) -> tuple[Policy, dict[str, float]]:
@@ -170,7 +177,7 @@ def train(cfg: Config, start: Policy, logged: Batch, score: Tensor, run: Run) ->
             target.follow(cfg.target_rate)
 
             # 2. Clone the tokens, the better ones more.
-            found = in_parts(values.read, b)
+            found = in_parts(values.worth, b, cfg.micro_tokens)
             omega, clipped = value_loss.advantage_weight(found["q_target"] - found["value"], cfg.beta, cfg.clip)
             acted = actor.step(policy_loss_of, b, plain * omega)
         run.log(

@@ -78,7 +78,7 @@ def train(cfg: Config, start: Policy, batch: Batch, label: Tensor, run: Run) -> 
         ValueError: labels of another kind or number than rows, or all of one kind.
     """
     check(batch, label)
-    numbered = replace(batch, group=torch.arange(len(batch)))
+    numbered = replace(batch, group=torch.arange(len(batch), device=batch.tokens.device))
     learned, kept = data.split(numbered, cfg.held_out, run.rng, by_prompt=True)
     good, good_kept = label[learned.group], label[kept.group]
     policy = start.twin(cfg.train, name="kto")
@@ -164,6 +164,11 @@ def mismatched(batch: Batch, context: int) -> Batch:
     Where all prompts are one, it is simply the next row's response. What exceeds the context is cut off.
     """
     B = len(batch)
+    if B < 2:
+        raise ValueError(
+            "one response alone cannot be given to another prompt, and KTO measures how far the policy has moved by that: give "
+            "more labelled responses, or a larger held_out and rows of at least 2"
+        )
     asked = [p.ids for p in batch.prompts]
     answers = [tokens[chosen].tolist() for tokens, chosen in zip(batch.tokens, batch.action, strict=True)]
     after = [[(i + k) % B for k in range(1, B)] for i in range(B)]

@@ -158,7 +158,7 @@ def train(
             "objective/entropy": float((old["entropy"] * weights.per_token(b.action, rows)).sum()),
             **{name: sum(m[name] for m in learned) / len(learned) for name in (learned[0] if learned else ())},
             "pairs": float(len(chosen)),
-            "ties": float(len(b.group.unique()) - len(chosen)),
+            "ties": float(sum(int(rows[b.group == g].sum()) > 1 for g in b.group.unique()) - len(chosen)),
             "skipped_updates": float(not learned),
             "reward": measures.mean(score.value, rows),
             "reward_std": measures.mean(deviation, rows),

@@ -80,6 +80,15 @@ class Config:
             raise ValueError(
                 f"temperature is {self.temperature}; a policy that learns from its own draws needs chance: take one above 0"
             )
+        if min(self.kl, self.kl_target, self.truncation, self.score_clip) < 0:
+            raise ValueError(
+                f"kl={self.kl}, kl_target={self.kl_target}, truncation={self.truncation}, score_clip={self.score_clip}: each is a "
+                "price, a target or a bound, at least 0"
+            )
+        if self.kl_target > 0 and self.kl == 0:
+            raise ValueError(
+                f"kl_target={self.kl_target} steers kl by factors, and kl=0 stays 0: start it above 0, such as kl=0.05"
+            )
 
 
 class KLCoefficient:
@@ -218,7 +227,7 @@ def train(
         ratio = learned[0]["val/ratio"] if learned else None
         gate.check(step, run, policy, b, logp_old, logp_ref if start is None else None, ratio)
         run.log(step, metrics, headline=("objective/scores", "objective/kl"))
-        beta.update(metrics["objective/kl"])
+        beta.update(float(kl.mean()))  # of all responses: how far they moved needs no verdict
     return policy, {}
 
 

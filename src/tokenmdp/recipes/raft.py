@@ -127,21 +127,22 @@ def train(
                 learned.append(learner.step(loss, mini, weights.per_token(mini.action)))
 
         # 3. Say what happened.
+        spread = returns.spread(score.value, b.group, rows)
         metrics = {
             "objective/scores": measures.mean(score.value, rows),
             "objective/rlhf_reward": measures.mean(outcome, rows),
-            "objective/entropy": float((seen["entropy"] * weights.per_token(b.action, rows)).sum()),
             "reward": measures.mean(score.value, rows),
-            "reward_std": measures.mean(deviation, rows),
-            "frac_reward_zero_std": measures.mean((deviation == 0).float(), rows),
+            "reward_std": measures.mean(spread, rows),
+            "frac_reward_zero_std": measures.mean((spread == 0).float(), rows),
             **measures.responses(b, score),
         }
         if learned:  # a round without any best response takes no optimiser step
             metrics["objective/scores_best"] = float(score.value[chosen].mean())
             metrics["loss/policy_avg"] = sum(m["loss"] for m in learned) / len(learned)
             metrics["grad_norm"] = sum(m["grad_norm"] for m in learned) / len(learned)
-        if sampler is policy:  # of the reference's samples it would be 0 and say nothing of the policy
+        if sampler is policy:  # the reference's samples say nothing of the policy
             metrics["objective/kl"] = measures.mean(kl, rows)
+            metrics["objective/entropy"] = float((seen["entropy"] * weights.per_token(b.action, rows)).sum())
         if gold is not None:
             truth = gold(b)
             metrics["objective/gold"] = measures.mean(truth.value, truth.verdict)

@@ -22,6 +22,7 @@ the baseline of `batch` leaves the response itself out, and that of `greedy` pay
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -129,6 +130,11 @@ def train(
     def loss(part: Batch, advantage: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return policy_loss.reinforce(policy.evaluate(part, temperature=cfg.temperature)["logp"], advantage), {}
 
+    baseline = "none" if scheme.baseline else cfg.baseline
+    if baseline != cfg.baseline:
+        run.note(
+            f"credit={cfg.credit} takes off what was to be expected: baseline={cfg.baseline} is not taken off besides"
+        )
     for step in run.steps(cfg.steps, actor, title="REINFORCE", setting=SETTING):
         # 1. Roll out on the known dynamics.
         b = policy.read(policy.sample(task.draw(cfg.prompts, run.rng), cfg.samples, sampling, run.rng))
@@ -143,17 +149,12 @@ def train(
         # 3. What a response earned in all, less what was to be expected, on the tokens that earned it.
         paid = scheme.paid(b, score)
         total = paid.value - price(b, logp_old, logp_ref).to(paid.value.dtype)
-        if cfg.baseline == "none":
-            centred = torch.where(rows, total, torch.zeros_like(total))
-        elif cfg.baseline == "batch":
-            centred = returns.leave_one_out(total, torch.zeros_like(b.group), rows)
-        elif cfg.baseline == "leave_one_out":
-            centred = returns.leave_one_out(total, b.group, rows)
-        else:
-            best, said, earned = greedy_baseline(b)
+        greedy = None
+        if baseline == "greedy":
+            best, said, greedy = greedy_baseline(b)
             rows, sampled = rows & said.verdict[b.group], sampled + int(best.action.sum())
-            centred = returns.against(total, b.group, earned.to(total.dtype), rows)
-        advantage = returns.discounted(scheme(b, paid, centred, policy, run.rng), b.action)
+        less = partial(expected_off, baseline, b.group, rows, greedy)
+        advantage = assign.advantage(scheme, b, paid, total, less, policy, run.rng)
 
         # 4. Learn, once. Where no response is better or worse than expected there is nothing to learn.
         w = weights.per_slot(b.action, cfg.max_new_tokens, rows)
@@ -178,7 +179,7 @@ def train(
             "num_tokens_credit": float(scheme.drawn + sampled - int(b.action.sum())),  # besides b: the greedy ones
             **measures.sampler_difference(b, logp_old),
         }
-        if cfg.baseline == "leave_one_out":  # elsewhere a group without spread is compared with something else
+        if baseline == "leave_one_out":  # elsewhere a group without spread is compared with something else
             metrics["frac_reward_zero_std"] = measures.mean((deviation == 0).float(), rows)
         if gold is not None:
             truth = gold(b)
@@ -186,6 +187,15 @@ def train(
         gate.check(step, run, policy, b, logp_old, logp_ref if start is None else None)
         run.log(step, metrics, headline=("objective/scores", "objective/kl"))
     return policy, {}
+
+
+def expected_off(baseline: str, group: Tensor, rows: Tensor, greedy: Tensor | None, earned: Tensor) -> Tensor:
+    """[B] what responses earned less the baseline, which no response is part of its own of; 0 without a verdict."""
+    if baseline == "none":
+        return torch.where(rows, earned, torch.zeros_like(earned))
+    if greedy is not None:
+        return returns.against(earned, group, greedy.to(earned.dtype), rows)
+    return returns.leave_one_out(earned, group if baseline == "leave_one_out" else torch.zeros_like(group), rows)
 
 
 def main(cfg: Config, run: Run) -> dict[str, object]:

@@ -115,7 +115,7 @@ def train(
         # 2. What Q should be, by the rest of each path and the target network.
         paid = scheme.paid(b, score)
         outcome = paid.value - cfg.truncation * (~b.ended).to(paid.value.dtype)
-        token_reward = scheme(b, paid, outcome, policy, run.rng)
+        token_reward = scheme(b, paid, outcome, behaviour, run.rng)
         z = in_parts(lambda part: reference.evaluate(part, soft.WANT), b)
         y = in_parts(lambda part: slow.evaluate(part, soft.WANT), b)
         q, value = cfg.kl * (y["logit"] - z["logit"]), cfg.kl * (y["log_z"] - z["log_z"])
@@ -150,6 +150,7 @@ def train(
             "grad_norm": measures.average(learned, "grad_norm"),
             "skipped_updates": float(skipped),
             **measures.responses(b, score),
+            "num_tokens_credit": float(scheme.drawn),
             **measures.sampler_difference(b, now["logp"]),
         }
         if gold is not None:

@@ -18,7 +18,7 @@ A scheme turns one outcome a row into a reward a token. The recipes `ppo`, `grpo
     r    = scheme(batch, paid, outcome, ...)    Σ_t r_t = outcome = paid.value − what the recipe takes off
 
 Rows are paid their score, and under `implicit` and `process` a second reward besides. `shaped` and `branch` take the
-value of the start off, whatever the policy does: they are baselines already, and with them a recipe needs none.
+value of the start off, whatever the policy does: they are baselines already, and no second one is taken off (`advantage`).
 """
 
 from __future__ import annotations
@@ -51,10 +51,12 @@ class Scheme(Protocol):
     Attributes:
         name: what tables call it.
         drawn: tokens its last call sampled besides the batch; 0 for most.
+        baseline: whether it takes off what was to be expected; nothing else is to be compared with then.
     """
 
     name: str
     drawn: int
+    baseline: bool = False
 
     def paid(self, batch: Batch, score: Score) -> Score:
         """What rows are paid in all, and by whom it is known which token earned it.
@@ -81,6 +83,39 @@ class Scheme(Protocol):
             rng: for schemes that sample.
         """
         ...
+
+
+def advantage(
+    scheme: Scheme,
+    batch: Batch,
+    paid: Score,
+    total: Float[Tensor, "B"],
+    compare: Callable[[Tensor], Tensor],
+    policy: Policy,
+    rng: torch.Generator,
+) -> Float[Tensor, "B L"]:
+    """What each token is credited with: what it and those after it earn, less what was to be expected.
+
+        A_t = Σ_{u ≥ t} r_u of the outcome `compare(total)`      where only the whole response is paid
+        A_t = compare(Σ_{u ≥ t} r_u at the t-th action)          where the reward says which token earned what
+        A_t = Σ_{u ≥ t} r_u of `total`                           where the scheme is a baseline itself
+
+    In the second case a baseline of whole responses would be taken off again at every later token, though most of it is earned
+    by then. A response that is over is compared as it was at its last token: what it is paid at its end it still stands for.
+
+    Args:
+        total: what rows earned in all.
+        compare: takes a baseline off numbers of rows, [B] to [B], and gives 0 for a row without a verdict.
+    """
+    if scheme.baseline or paid.token is not None:
+        held = torch.where(paid.verdict, total, torch.zeros_like(total))
+        ahead = returns.discounted(scheme(batch, paid, held, policy, rng), batch.action)
+        if scheme.baseline:
+            return ahead
+        laid, last = returns.at_steps(ahead, batch.action), (batch.action.sum(1) - 1).clamp(min=0)
+        step = torch.arange(laid.shape[1], device=laid.device).minimum(last[:, None])
+        return returns.at_tokens(torch.stack([compare(x) for x in laid.gather(1, step).T], dim=1), batch.action)
+    return returns.discounted(scheme(batch, paid, compare(total), policy, rng), batch.action)
 
 
 def _beside(paid: Score, outcome: Tensor, equation: Callable[[Tensor], Tensor]) -> Tensor:
@@ -128,6 +163,7 @@ class Shaped(Scheme):
     """The reward model's score of every prefix as a potential."""
 
     drawn = 0
+    baseline = True
 
     def __init__(self, name: str, reward: RewardModel, gamma: float) -> None:
         self.name, self.critic, self.gamma = name, reward.critic("none"), gamma
@@ -196,6 +232,8 @@ class Branch(Scheme):
         sampling: as the recipe draws its responses.
         gamma: the discount of the recipe's returns.
     """
+
+    baseline = True
 
     def __init__(
         self, name: str, reward: Reward, k: int, delimiter: str | None, sampling: Sampling, gamma: float = 1.0

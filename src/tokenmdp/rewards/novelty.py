@@ -36,15 +36,16 @@ class Novelty:
     Args:
         counts: how often the corpus has each n-gram.
         n: tokens of an n-gram; 0 takes a whole response as one.
+        end: tokens that are no part of a response, such as the end of the text: the corpus is counted without them.
 
     Raises:
         ValueError: n is negative.
     """
 
-    def __init__(self, counts: Mapping[Gram, int], n: int = 2, name: str = "novelty") -> None:
+    def __init__(self, counts: Mapping[Gram, int], n: int = 2, name: str = "novelty", end: Sequence[int] = ()) -> None:
         if n < 0:
             raise ValueError(f"n={n}: an n-gram has at least 1 token; 0 takes the whole response as one")
-        self.counts, self.n, self.name = Counter(counts), n, name
+        self.counts, self.n, self.name, self.end = Counter(counts), n, name, frozenset(end)
 
     @staticmethod
     def fit(batch: Batch, n: int = 2, end: Sequence[int] = ()) -> Novelty:
@@ -54,7 +55,7 @@ class Novelty:
             end: tokens to leave out, such as the end of the text.
         """
         kept = [[t for t in tokens if t not in end] for tokens in responses(batch)]
-        return Novelty(Counter(g for tokens in kept for g in grams(tokens, n)), n)
+        return Novelty(Counter(g for tokens in kept for g in grams(tokens, n)), n, end=end)
 
     @staticmethod
     def load(path: Path | str, policy: Policy, n: int = 2) -> Novelty:
@@ -72,7 +73,7 @@ class Novelty:
                     "`completion`"
                 )
             counts.update(grams(policy.encode(text), n))
-        return Novelty(counts, n)
+        return Novelty(counts, n, end=policy.eos_ids)
 
     def bonus(self, tokens: Sequence[int]) -> float:
         """Of one response, in (0, 1]: 1 if nothing of it was ever said."""
@@ -80,8 +81,9 @@ class Novelty:
         return sum(1 / math.sqrt(1 + self.counts[g]) for g in dict.fromkeys(places)) / len(places)
 
     def __call__(self, batch: Batch) -> Score:
-        """[B] the bonus of each response; one without a token has no verdict."""
-        found = [self.bonus(tokens) if tokens else math.nan for tokens in responses(batch)]
+        """[B] the bonus of each response; one that says nothing has no verdict."""
+        said = [[t for t in tokens if t not in self.end] for tokens in responses(batch)]
+        found = [self.bonus(tokens) if tokens else math.nan for tokens in said]
         return Score.of(torch.tensor(found, device=batch.tokens.device))
 
 

@@ -60,7 +60,7 @@ class RewardModel:
         """
         body = policy.backbone.twin(train)
         config = copy.deepcopy(policy.model.config)
-        config.num_labels, config.pad_token_id = 1, policy.eos_ids[0]
+        config.num_labels, config.pad_token_id = 1, _padding(policy)
         with torch.device("meta"):
             model = transformers.AutoModelForSequenceClassification.from_config(config)
         setattr(model, model.base_model_prefix, body.body)
@@ -106,7 +106,11 @@ class RewardModel:
         folder = Path(folder)
         model = self.backbone.model if self.backbone.peft is None else self.backbone.merged()
         model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        tokenizer = copy.deepcopy(
+            self.tokenizer
+        )  # other tools pad by it and find the last token by `config.pad_token_id`
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.pad_token_id)
+        tokenizer.save_pretrained(folder)
         (folder / _FILE).write_text(json.dumps({"shift": self.shift, "scale": self.scale, "pool": self.pool}) + "\n")
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -141,6 +145,13 @@ class RewardModel:
             (bias - self.shift) / self.scale,
             self.pool,
         )
+
+
+def _padding(policy: Policy) -> int:
+    """A token that no response ends in, where the tokenizer has one: other tools read at the last token that is not this."""
+    tokenizer = policy.tokenizer
+    known = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, *tokenizer.all_special_ids)
+    return next((i for i in known if i is not None and i not in policy.eos_ids), policy.eos_ids[0])
 
 
 def _score_layer(model: nn.Module) -> nn.Linear:
