@@ -175,4 +175,4 @@ def by_prompt(score: Score, answers: int) -> np.ndarray[Any, Any]:
     """
     kept = score.verdict.cpu().view(-1, answers)
     value = score.value.double().cpu().view(-1, answers)
-    return np.asarray((torch.where(kept, value, 0.0).sum(-1) / kept.sum(-1)).cpu().numpy())
+    return np.asarray((torch.where(kept, value, 0.0).sum(-1) / kept.sum(-1)).numpy())
