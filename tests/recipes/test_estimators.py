@@ -16,7 +16,10 @@ from torch import Tensor
 
 from tiny_models import EOS, tiny
 from tokenmdp.functional import kl, policy_loss, returns, weights
+from tokenmdp.rewards import assign
+from tokenmdp.rewards.function import FunctionReward
 from tokenmdp.testing.exact import Exact, expectation, gradient
+from tokenmdp.types import Score
 
 V, H = 4, 3
 START = (1, 2)
@@ -110,6 +113,35 @@ def test_leave_one_out_is_unbiased(toy: Toy) -> None:
     rows, probability, score, group = draws(toy)
     advantage = returns.leave_one_out(score, group).reshape(rows.shape)
     assert close(toy.mean_gradient(per_draw(toy, advantage, rows, probability)), toy.truth)
+
+
+def test_token_rewards_compared_at_each_step_are_unbiased_and_less_noisy(toy: Toy) -> None:
+    """1 for every 3, .8 for every other token: most of what a response earns lies behind its late tokens."""
+    b = toy.world.batch
+    token = torch.where(b.action, 0.8 + 0.2 * (b.tokens == 3).double(), 0.0)
+    truth = gradient(expectation(toy.world.probability(toy.logp), token.sum(1)), toy.parameters)
+    rows, probability, _, group = draws(toy)
+    flat, M = rows.reshape(-1), len(rows)
+    drawn = b.select(flat)
+    paid = Score(token[flat].sum(1), torch.ones(2 * M, dtype=torch.bool), token[flat])
+
+    def compare(x: Tensor) -> Tensor:
+        return returns.leave_one_out(x, group)
+
+    policy = tiny("gpt2", vocabulary=V)  # `last` asks it nothing
+    scheme = assign.load("last", FunctionReward(lambda completions, **_: [0.0] * len(completions)), policy)
+    found, noise = {}, {}
+    ahead = returns.discounted(token[flat], drawn.action)
+    for name, advantage in (
+        ("each step", assign.advantage(scheme, drawn, paid, paid.value, compare, policy, torch.Generator())),
+        ("whole", torch.where(drawn.action, ahead - (paid.value - compare(paid.value))[:, None], 0.0)),
+    ):
+        share = probability.repeat_interleave(2)[:, None] * advantage / 2
+        found[name] = toy.mean_gradient(torch.zeros_like(token).index_add(0, flat, share))
+        noise[name] = float((probability.repeat_interleave(2)[:, None] * advantage.square()).sum())
+    assert close(found["each step"], truth)
+    assert close(found["whole"], truth)
+    assert noise["each step"] < 0.5 * noise["whole"]
 
 
 def test_the_mean_of_the_group_shrinks_the_gradient_by_one_sample(toy: Toy) -> None:
