@@ -125,9 +125,15 @@ def _promised(
         return None
     found = _interval(after - before)
     if found.get("low", 0.0) > 0 and not gain.get("low", 0.0) > 0:
+        fell = gain.get("high", 0.0) < 0
+        told = (
+            f"FELL by {-gain['mean']:.3g} [{-gain['high']:.3g}, {-gain['low']:.3g}]: what was learned is what the first overlooks"
+            if fell
+            else f"did not significantly ({gain['mean']:+.3g}): what was learned may be what the first overlooks"
+        )
         run.note(
-            f"warning: {reward.name}, which was optimised, rose by {found['mean']:.3g} [{found['low']:.3g}, {found['high']:.3g}], and "
-            f"{gold.name} did not significantly ({gain['mean']:+.3g}): what was learned may be what the first overlooks"
+            f"warning: {reward.name}, which was optimised, rose by {found['mean']:.3g} [{found['low']:.3g}, {found['high']:.3g}], "
+            f"and {gold.name} {told}"
         )
     return found
 

@@ -101,7 +101,7 @@ def hacking(curves: Curves) -> str | None:
         return None
     return (
         f"the score rose from {_span(score)} while the gold score {_fall(gold)}: what is learned is what the reward overlooks; "
-        "stop at an earlier checkpoint, raise kl, or mend the reward"
+        "train for fewer steps, raise kl, or mend the reward"
     )
 
 
@@ -244,10 +244,11 @@ def watched(lines: Iterable[Mapping[str, Any]]) -> Watch:
 
 def _fall(curve: Sequence[float]) -> str:
     """From where to where a curve fell, in words."""
-    return f"fell from {highest(curve[-RECENT:-WINDOW]):.3g} at its best to {median(curve[-WINDOW:]):.3g} ({WINDOW} phases up to here)"
+    best, now = highest(curve[-RECENT:-WINDOW]), median(curve[-WINDOW:])
+    return f"fell from {best:.3g} at its best to {now:.3g} (medians of {WINDOW} phases in a row)"
 
 
 def _span(curve: Sequence[float]) -> str:
     """The two ends of a curve, in words."""
     first, last = ends(curve) or (curve[0], curve[-1])
-    return f"{first:.3g} (first {WINDOW} phases) to {last:.3g} ({WINDOW} up to here)"
+    return f"{first:.3g} (mean of the first {WINDOW} phases) to {last:.3g} (of the {WINDOW} up to here)"

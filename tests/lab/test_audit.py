@@ -134,9 +134,10 @@ def test_the_verb_says_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "other tokens when their text is read again" in found["verdict"]
     assert "can spell <eos>" in found["verdict"]
     assert "chats" in capsys.readouterr().out
-    none, nothing = {"mean": 0.0}, "Nothing changes on the way through text, for these queries."
-    assert audit.in_words({"reread": none, "next turn": none}, []) == nothing
-    assert audit.in_words({"reread": none}, []).endswith("the template refuses a second turn.")
+    none = {"mean": 0.0, "low": 0.0, "high": 0.3}
+    nothing = "Nothing changed on the way through text in 9 responses to these queries (95 %: up to 30% may)."
+    assert audit.in_words({"responses": 9, "reread": none, "next turn": none}, []) == nothing
+    assert audit.in_words({"responses": 9, "reread": none}, []).endswith("the template refuses a second turn.")
 
 
 def test_greedy_responses_to_a_named_task_have_no_paths_apart(tmp_path: Path) -> None:

@@ -204,3 +204,20 @@ def test_what_the_log_does_not_tell_is_no_figure_on_its_page(
     assert "Not shown, for the log does not tell what they earn: random, best constant (train)" in page
     assert "mean weight" in said
     assert all("[" not in line for line in said.splitlines() if line.startswith(("│ random", "│ logistic")))
+
+
+def test_a_constant_that_differs_between_folds_is_named_with_its_shares(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two prompts that are equally good: the one that was better on the other folds is the worse on its own."""
+    rows = []
+    for i in range(200):
+        good = i // 2 % 2  # each prompt is right on half of the queries, and which half no word of the query tells
+        for p, prompt in enumerate("ab"):
+            rows.append({"query": f"number {i}", "prompt_id": prompt, "reward": float(p == good)})
+    summary, said, _ = judged_log(tmp_path, rows, capsys)
+    assert " on " in summary["best_constant"]
+    assert summary["choices"]["best constant (train)"]["reward"]["mean"] < 0.5
+    over = summary["over_one_constant"]
+    assert over["mean"] < summary["choices"][summary["choice"]]["over_constant"]["mean"]
+    assert "differs between folds" in said.replace("\n", " ")

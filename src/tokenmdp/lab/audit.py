@@ -256,7 +256,7 @@ def rates(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def in_words(found: Mapping[str, Any], spelled: Sequence[str]) -> str:
     """What must not be done with this model's responses, as sentences."""
-    happens = {name: found[name]["mean"] for name in RATES if name in found and found[name]["mean"] > 0}
+    happens = {name: found[name] for name in RATES if name in found and found[name]["mean"] > 0}
     what = {
         "reread": "of responses are other tokens when their text is read again: pass tokens on, not text",
         "joined": "differ when prompt and response are read as one text",
@@ -264,9 +264,12 @@ def in_words(found: Mapping[str, Any], spelled: Sequence[str]) -> str:
         "character": "hold half a character",
         "stop": "of the stop strings begin or end inside a token: cut at tokens, or let the end-of-text token end responses",
     }
-    said = [f"{share:.0%} {what[name]}." for name, share in happens.items()]
+    said = [f"{x['mean']:.0%} [{x['low']:.0%}, {x['high']:.0%}] {what[name]}." for name, x in happens.items()]
     if not said:
-        said = ["Nothing changes on the way through text, for these queries."]
+        most = max((found[name]["high"] for name in RATES if name in found), default=1.0)
+        said = [
+            f"Nothing changed on the way through text in {found['responses']} responses to these queries (95 %: up to {most:.0%} may)."
+        ]
     if "next turn" not in found:
         said.append("Later turns were not looked at: these are no chats, or the template refuses a second turn.")
     if spelled:

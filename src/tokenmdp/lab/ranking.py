@@ -32,6 +32,9 @@ def final(result: Result, start: Result) -> float:
     return mean(result["scores"] if result["scores"] else start["scores"])
 
 
+FEW_PROMPTS = 30  # below which their number is said beside what is significant by them
+
+
 def mean(scores: Sequence[float | None]) -> float:
     """The mean over the prompts that got a verdict; NaN where none did."""
     known = [x for x in scores if x is not None]
@@ -168,7 +171,8 @@ def verdict(rows: Sequence[Row], seeds: int) -> list[str]:
     out.append(_peers(leader, trained[1:], seeds))
     if cloned := next((row for row in rows if row["solver"] == "sft-more"), None):
         out.append(_against(cloned, trained, seeds))
-    out += [_unjudged(rows), _failures(trained)]
+    few = f"Every run is judged on {start['prompts']} prompts, which is few." if start["prompts"] < FEW_PROMPTS else ""
+    out += [_unjudged(rows), _failures(trained), few]
     return [sentence for sentence in out if sentence]
 
 

@@ -273,12 +273,20 @@ def untold(found: Mapping[str, Mapping[str, Any]], name: str) -> str:
     return ""
 
 
-def in_words(found: Mapping[str, Mapping[str, Any]], name: str, abstaining: str = "") -> str:
+def in_words(
+    found: Mapping[str, Mapping[str, Any]],
+    name: str,
+    abstaining: str = "",
+    over_one: Mapping[str, float] | None = None,
+) -> str:
     """The first line of a report: whether choosing by Υ pays.
 
     Args:
         name: the choice that always chooses.
         abstaining: the one that chooses where it paid on other questions, if it was judged, too.
+        over_one: where the best constant prompt differs between folds, the gain over the one that is best on the whole log. A
+            constant that was best on the other folds is by that a little worse than itself on its own, the more so the closer
+            two prompts are.
     """
     gain, told = found[name]["over_constant"], ""
     if why := untold(found, name):
@@ -286,8 +294,11 @@ def in_words(found: Mapping[str, Mapping[str, Any]], name: str, abstaining: str 
     if abstaining and gain["low"] > 0 and not found[abstaining]["over_constant"]["low"] > 0:
         told = ", but not reliably: going by what other questions of this log say, one would mostly not have chosen"
     span = f"{_span(gain)} over the best constant prompt{told}"
+    if over_one is not None:
+        span += f"; which that is differs between folds, and over the one that is best on the whole log it is {_span(over_one)}"
     if gain["low"] > 0:
-        return f"Choosing a prompt per query {'may pay' if told else 'pays'} here: {span}."
+        sure = not told and (over_one is None or over_one["low"] > 0)
+        return f"Choosing a prompt per query {'pays' if sure else 'may pay'} here: {span}."
     if gain["high"] < 0:
         return f"Choosing a prompt per query is worse here: {span}."
     return f"No significant gain from choosing a prompt per query: {span}."

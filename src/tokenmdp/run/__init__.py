@@ -179,6 +179,10 @@ class Run:
             raise
         if resume and old is None:
             run.note(f"nothing to go on with in {folder}: this run begins at the start")
+        elif resume and not run._whole and run.result() is None:
+            run.note(
+                f"{folder} has no checkpoint yet (one is written once a minute or less): its steps begin at the start"
+            )
         try:
             run._boards += [open_dashboard(name, run.folder, run._header["id"], run.config) for name in log]
         except BaseException:

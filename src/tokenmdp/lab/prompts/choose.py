@@ -36,4 +36,5 @@ def main(cfg: Config, run: Run) -> dict[str, Any]:
         "share_best_constant": same,
         "abstains": chooser.abstains,
         "fitted_on": about["log"],
+        "choices": str(run.folder / "choices.jsonl"),
     }

@@ -95,22 +95,37 @@ def evaluate(cfg: Config, log: logs.Log, run: Run) -> dict[str, Any]:
             )
     earned |= asked
     pick = picks.get(cfg.choice, constant)
+    over_one = None
+    if len(np.unique(constant)) > 1:
+        one = np.full_like(constant, choose.best_constant(held))
+        row = judged.choices(held, {cfg.choice: pick}, one, run.seed, values[cfg.choice])[cfg.choice]
+        over_one = None if row.get("untold") else row["over_constant"]
     return {
         "kind": "prompts",
         "title": "Which prompt for which query",
         "log": cfg.trials,
         "choice": cfg.choice,
-        "best_constant": log.prompt_ids[int(np.bincount(constant).argmax())],
+        "best_constant": named(log, constant),
+        "over_one_constant": over_one,
         "by_prompt": shown.by_prompt(held, pick),
         "by_cluster": shown.by_cluster(held, pick, constant, values[cfg.choice], run.seed),
         "moved": shown.moved(held, pick, constant),
         "changed": shown.changed(held, pick, constant),
-        "verdict": judged.in_words(earned, cfg.choice, "abstaining"),
+        "verdict": judged.in_words(earned, cfg.choice, "abstaining", over_one),
         "facts": {**log.facts, "trials": len(log), "queries": len(log.queries), "prompts": len(log.prompts)},
         "repeated_questions": repeated,
         "prediction": {name: judged.prediction(held, value) for name, value in values.items()},
         "choices": earned,
     }
+
+
+def named(log: logs.Log, constant: np.ndarray[Any, Any]) -> str:
+    """The best constant prompt by its id; where it differs between folds each with its share of the queries."""
+    count = np.bincount(constant)
+    order = [int(p) for p in np.argsort(-count, kind="stable") if count[p]]
+    if len(order) == 1:
+        return log.prompt_ids[order[0]]
+    return ", ".join(f"{log.prompt_ids[p]} on {count[p] / len(constant):.0%}" for p in order)
 
 
 def names_of(cfg: Config) -> list[str]:
