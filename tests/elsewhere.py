@@ -73,9 +73,9 @@ def _tensors(x: Any) -> Iterator[Tensor]:
 
 def _device(x: Any) -> torch.device | None:
     """What an argument says about where to."""
-    if isinstance(x, torch.device):
-        return x
-    return torch.device(x) if isinstance(x, str) and x.split(":")[0] in ("cpu", "cuda") else None
+    if isinstance(x, str) and x.split(":")[0] in ("cpu", "cuda"):
+        x = torch.device(x)
+    return x if isinstance(x, torch.device) and x.type != "meta" else None  # what is nowhere stays nowhere
 
 
 class Elsewhere(TorchFunctionMode):
@@ -129,8 +129,8 @@ class Elsewhere(TorchFunctionMode):
         if func is Tensor.cpu:
             return CPU, args
         target = None
-        if given.get("device") is not None:
-            target, given["device"] = _device(given["device"]), CPU
+        if (asked := _device(given.get("device"))) is not None:
+            target, given["device"] = asked, CPU
         if func is Tensor.to:
             for i, x in enumerate(args[1:], 1):
                 if (found := _device(x)) is not None:
