@@ -16,11 +16,11 @@ the verifier, with a warm-up, and by `sft` from 536 demonstrations. The planted 
     leap         the verifier, and from phase 30 on the same without a warm-up (a schedule gone wrong)
     overfitting  `sft` on 24 demonstrations, 400 steps
 
-The limits in tokenmdp.monitors were set with seeds 100 to 102 in view, and two of them changed after a first report of seeds 0 to
-19, in which 6 of 60 healthy runs had a leap too many and 6 of 20 of `sft` an overfitting; what is reported is of seeds that were
-not looked at before. (After it the rule of `falling` was made stricter, for it took one lucky phase for a height to fall from, and
-its own failure slower, for that rule cannot see a run that is dead after its first phase; the alarms of the same runs were made
-anew.) Stated before all:
+The limits in tokenmdp.monitors were set with seeds 100 to 102 in view. Two of them changed after a first report, of seeds 0 to 19,
+in which 6 of 60 healthy runs had a leap too many and 6 of 20 of `sft` an overfitting. After a second, of seeds 20 to 39, the rule of
+`falling` was made stricter, for it took one lucky phase for a height to fall from, and its own failure slower, for that rule cannot
+see a run that is dead after its first phase. What is reported is of seeds 40 to 59, after which nothing was changed. Stated before
+all:
 
     hits     each monitor fires in at least nine of ten runs with its failure planted
     silence  at most one in twenty healthy runs has any alarm
@@ -220,7 +220,7 @@ def rates(alarms: Sequence[Mapping[str, int]]) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     out = common.parser(__doc__)
-    out.add_argument("--seeds", type=int, nargs="+", default=list(range(20, 40)))
+    out.add_argument("--seeds", type=int, nargs="+", default=list(range(40, 60)))
     out.add_argument("--kinds", nargs="+", choices=[*HEALTHY, *PLANTED], default=[*HEALTHY, *PLANTED])
     out.add_argument("--runs", type=Path, default=Path("runs/monitors"), help="where the run folders are")
     out.add_argument("--fresh", action="store_true", help="begin everything anew")
