@@ -142,7 +142,6 @@ class TokenEnv(gymnasium.Env[NDArray[np.int64], np.int64]):
             return self._seen(state), 0.0, False, False, {}
         text = self.policy.response_text(self._prompt.ids, state.response)
         b = Batch.build([self._prompt], [state.response], texts=[text], ended=[state.ended], pad=self.policy.eos_ids[0])
-        b = b.to(self.policy.device)
         said = self.reward(b.to(self.policy.device))
         score = said.at(0)
         earned = self.missing if score is None else score

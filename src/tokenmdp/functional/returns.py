@@ -353,17 +353,21 @@ def at_steps(value: Float[Tensor, "B L"], action: Bool[Tensor, "B L"], horizon: 
     Args:
         horizon: H, where it is longer than the longest response.
     """
-    rows, at = action.nonzero(as_tuple=True)
-    step = (action.cumsum(1) - 1)[rows, at]
+    rows, at, step = _places(action)
     H = max(horizon, int(action.sum(1).max()))
     return value.new_zeros((len(value), H)).index_put((rows, step), value[rows, at])
 
 
 def at_tokens(value: Float[Tensor, "B H"], action: Bool[Tensor, "B L"]) -> Float[Tensor, "B L"]:
     """Undoes `at_steps`: the number of each step at its token, 0 outside the mask."""
-    rows, at = action.nonzero(as_tuple=True)
-    step = (action.cumsum(1) - 1)[rows, at]
+    rows, at, step = _places(action)
     return value.new_zeros(action.shape).index_put((rows, at), value[rows, step])
+
+
+def _places(action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every action its row, its position, and the how manieth of its row it is, from 0."""
+    rows, at = action.nonzero(as_tuple=True)
+    return rows, at, (action.cumsum(1) - 1)[rows, at]
 
 
 def _largest(score: Tensor, group: Tensor, rows: Tensor) -> Tensor:

@@ -153,14 +153,18 @@ class Lab:
         return {"mean_length": float(b.action.sum()) / len(b), "score": measures.mean(score.value, score.verdict)}
 
     @property
+    def judged(self) -> list[Prompt]:
+        """The prompts that all are judged by."""
+        return list((self.task.held_out or self.task.train)[: self.cfg.held_out])
+
+    @property
     def learned(self) -> int:
-        """How many of the prompts that all are judged by are among those they learn on."""
-        return self.task.learned((self.task.held_out or self.task.train)[: self.cfg.held_out])
+        """How many of them are among those they learn on."""
+        return self.task.learned(self.judged)
 
     def given(self, trial: Trial) -> tuple[Given, Sequence[Any]]:
         """What a trial works on, and the prompts it is judged by."""
-        cfg, task = self.cfg, self.task
-        judged = list((task.held_out or task.train)[: cfg.held_out])
+        cfg, task, judged = self.cfg, self.task, self.judged
         if trial.tuning:  # never on what the comparison judges by
             judged = list(task.train[-max(1, min(cfg.held_out, len(task.train) // 4)) :])
             task = without(task, judged)

@@ -25,14 +25,12 @@ from tokenmdp import stats
 
 Result = Mapping[str, Any]
 Row = dict[str, Any]
+FEW_PROMPTS = 30  # below which their number is said beside what is significant by them
 
 
 def final(result: Result, start: Result) -> float:
     """The score a run ends with; a run without a policy ends with its start's."""
     return mean(result["scores"] if result["scores"] else start["scores"])
-
-
-FEW_PROMPTS = 30  # below which their number is said beside what is significant by them
 
 
 def mean(scores: Sequence[float | None]) -> float:

@@ -106,9 +106,8 @@ class RewardModel:
         folder = Path(folder)
         model = self.backbone.model if self.backbone.peft is None else self.backbone.merged()
         model.save_pretrained(folder)
-        tokenizer = copy.deepcopy(
-            self.tokenizer
-        )  # other tools pad by it and find the last token by `config.pad_token_id`
+        # Other tools pad by the tokenizer's token, and find the last one by `config.pad_token_id`.
+        tokenizer = copy.deepcopy(self.tokenizer)
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.pad_token_id)
         tokenizer.save_pretrained(folder)
         (folder / _FILE).write_text(json.dumps({"shift": self.shift, "scale": self.scale, "pool": self.pool}) + "\n")
